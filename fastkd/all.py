@@ -1,0 +1,4 @@
+from fastkd.losses import *
+from fastkd.layers import *
+from fastkd.teacher import *
+from fastkd.callback import *

@@ -4,15 +4,19 @@
 
 # %% ../nbs/01_layers.ipynb #81ef67ae
 from __future__ import annotations
-import difflib
+import difflib, math
+from contextlib import contextmanager, ExitStack
+from dataclasses import dataclass
 from functools import partial
 import torch
 from torch import nn, Tensor
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from fastai.basics import Learner
+from fastai.basics import Learner, no_random, to_device, tuplify
 
 # %% auto #0
-__all__ = ['unwrap', 'named_layers', 'get_model_layers', 'find_layer', 'first_tensor', 'Taps']
+__all__ = ['unwrap', 'named_layers', 'get_model_layers', 'find_layer', 'first_tensor', 'Taps', 'evaluating', 'looking_at',
+           'match_layers']
 
 # %% ../nbs/01_layers.ipynb #476d8c7c
 def unwrap(
@@ -127,3 +131,231 @@ class Taps:
             self.stop = stop and self.once
             try: return self.model(*args)
             except _Stop: return None
+
+# %% ../nbs/01_layers.ipynb #4d60ce87
+@contextmanager
+def evaluating(
+    model # A module, or a callable that has no mode
+):
+    "Within the block every module of `model` is in eval mode; afterwards each is in its own again."
+    # the flag itself and not `eval()`: some models do more than switch a flag there (merge or fold weights)
+    trained = [m for m in model.modules() if m.training] if isinstance(model, nn.Module) else []
+    for m in trained: m.training = False
+    try: yield
+    finally:
+        for m in trained: m.training = True
+
+# %% ../nbs/01_layers.ipynb #9f0012dd
+@contextmanager
+def looking_at(
+    *models # Models or `Learner`s
+):
+    "Within the block models can be run to look at them, in eval mode and without a graph; afterwards modes, hidden states and all random streams are as before."
+    models = [unwrap(m) for m in models]
+    # recurrent models keep their hidden state, and weights after dropout, in plain attributes
+    kept = {m: dict(m.__dict__) for model in models for m in model.modules() if not isinstance(m, LazyModuleMixin)}
+    with ExitStack() as states:
+        for model in models: states.enter_context(evaluating(model))
+        states.enter_context(no_random(reproducible=False))
+        states.enter_context(torch.no_grad())
+        try: yield
+        finally:
+            for m,attributes in kept.items():
+                for o in set(m.__dict__) - set(attributes): del m.__dict__[o]
+                m.__dict__.update(attributes)
+
+# %% ../nbs/01_layers.ipynb #dc9d4f31
+@dataclass
+class _Ran:
+    "A layer that ran: `first` and `last` count the beginnings of its first and the ends of its last call"
+    name:str
+    layer:nn.Module
+    shape:tuple|None
+    inp:tuple|None
+    first:int
+    last:int
+    calls:int
+
+# %% ../nbs/01_layers.ipynb #c5481a39
+def _shape(o):
+    o = first_tensor(o)
+    return None if o is None else tuple(o.shape)
+
+def _run(model, xb):
+    "Run `model` on `xb` where the model is; what it puts out"
+    p = next((t for t in (*model.parameters(), *model.buffers())), None)
+    xb = tuplify(xb)
+    return model(*(xb if p is None else to_device(xb, p.device)))
+
+def _trace(model, xb):
+    "The layers of `model` that run on `xb`, in the order in which they begin; the model itself, called '', is the first"
+    model = unwrap(model)
+    if not isinstance(model, nn.Module): raise TypeError(f"Layers are those of an `nn.Module` or a `Learner`, but this is {type(model).__name__}.")
+    names,ran,clock,hooks = {model:''},{},[0],[]
+    for name,layer in named_layers(model): names.setdefault(layer, name)
+    def tick():
+        clock[0] += 1
+        return clock[0]
+    def begin(layer, args):
+        if layer in ran: ran[layer].calls += 1
+        else: ran[layer] = _Ran(names[layer], layer, None, None, tick(), 0, 1)
+    def end(layer, args, kwargs, output):
+        r = ran[layer]
+        r.shape,r.inp,r.last = _shape(output),_shape((args, kwargs)),tick()
+    with looking_at(model):
+        try:
+            for layer in names: hooks += [layer.register_forward_pre_hook(begin), layer.register_forward_hook(end, with_kwargs=True)]
+            _run(model, xb)
+        finally:
+            for h in hooks: h.remove()
+    return sorted((r for r in ran.values() if r.last), key=lambda r: r.first)
+
+# %% ../nbs/01_layers.ipynb #cedf9712
+def _weighted(layer):
+    "The layers in `layer` that compute with weights, such as convolutions and linear layers"
+    return [m for m in layer.modules() if not isinstance(m, nn.Embedding) and any(p.ndim > 1 for p in m._parameters.values() if p is not None)]
+
+class _Anatomy:
+    "Where the stages are in a model that ran"
+    def __init__(self, model, xb, whose='model'):
+        self.trace,self.whose = _trace(model, xb),whose
+        self.root,self.ran,self.shapes = self.trace[0],self.trace[1:],{r.name: r.shape for r in self.trace}
+        inp = max((tuple(t.shape) for t in tuplify(xb) if isinstance(t, Tensor)), key=len)
+        # which dimension of three counts positions cannot be seen from the shape
+        self.conv1d = any(isinstance(r.layer, nn.Conv1d) for r in self.ran)
+        self.bs,self.grid = inp[0],inp[2:] if len(inp) > 3 or (len(inp) == 3 and self.conv1d) else inp[1:2]
+        self.n = {r.name: len(_weighted(r.layer)) for r in self.trace}
+        self.depth,done = {},set()
+        for r in sorted(self.trace, key=lambda r: r.last):
+            done.update(_weighted(r.layer))
+            self.depth[r.name] = len(done)/max(1, self.n[''])
+        weighted = [r for r in self.ran if self.n[r.name]]
+        self.final = _weighted(max(weighted, key=lambda r: r.first).layer)[-1] if weighted else None
+
+    def layout(self, shape):
+        "Numbers of channels and of positions in an activation, `None` for what it does not have"
+        if shape is None or len(shape) < 2 or shape[0] != self.bs: return None,None
+        if len(shape) == 2: return shape[1],None
+        if len(shape) == 3: return (shape[1],shape[2]) if self.conv1d else (shape[2],shape[1])
+        channels_last = not self.proportional(shape[2:]) and self.proportional(shape[1:-1])
+        return (shape[-1],math.prod(shape[1:-1])) if channels_last else (shape[1],math.prod(shape[2:]))
+
+    def proportional(self, size):
+        "Has a map of this size the proportions of the input?"
+        return len(size) == len(self.grid) and all(abs(o*size[0]/self.grid[0] - s) <= 1 for o,s in zip(self.grid, size))
+
+    def fits(self, r):
+        return self.proportional(r.shape[2:]) or self.proportional(r.shape[1:-1])
+
+    def stride(self, r, shape=None):
+        "The number of input positions, in each direction, for one position of what `r` puts out, or of `shape`; `None` where it has no positions"
+        positions = self.layout(shape or r.shape)[1]
+        return (math.prod(self.grid)/positions)**(1/len(self.grid)) if positions and self.grid else None
+
+    def head(self, r):
+        "Does `r` make the model's output?"
+        (channels,positions),(before,positions_before) = self.layout(r.shape),self.layout(r.inp)
+        return (channels == self.layout(self.root.shape)[0] and any(m is self.final for m in r.layer.modules())
+                and (self.n[r.name] < 2 or (channels != before and positions == positions_before)))
+
+    def transposed(self, r):
+        "Has `r` positions for channels, as where an MLP mixes tokens?"
+        around = self.shapes.get(r.name.rpartition('.')[0])
+        return len(r.shape) == 3 and around is not None and r.shape[1] != r.shape[2] and around[1:] == r.shape[:0:-1]
+
+    def inside(self, r, units): return [o for o in units if o.name.startswith(f'{r.name}.')]
+
+    def outermost(self, units):
+        names = {r.name for r in units}
+        return [r for r in units if not any(r.name[:i] in names for i,c in enumerate(r.name) if c == '.')]
+
+    def units(self, least):
+        "What may stand for a stage: layers with `least` weighted layers or more, but no whole body and no head; in the order in which they end"
+        units = [r for r in self.ran if self.layout(r.shape)[0] and self.n[r.name] >= least and 'Pool' not in type(r.layer).__name__
+                 and not isinstance(r.layer, (nn.Dropout, nn.Flatten, nn.Identity))]
+        units = [r for r in units if self.stride(r)] or units
+        units = [r for r in units if not self.head(r) and not self.transposed(r)]
+        return sorted((r for r in units if not self.body(r, units)), key=lambda r: r.last)
+
+    def body(self, r, units):
+        "Does `r` hold several stages: a block of another resolution, or maps of a resolution that it neither gets nor puts out?"
+        # a single position is no resolution: squeeze-and-excitation pools within a block; what has not the input's proportions are attention maps or windows
+        maps = [o for o in self.inside(r, self.ran) if self.n[o.name] and self.stride(o) and self.layout(o.shape)[1] > 1 and self.fits(o) >= self.fits(r)]
+        ends = [self.stride(r)] + [self.stride(r, r.inp)]*(self.stride(r, r.inp) is not None)
+        return (any(o in units and not _same(self.stride(o), self.stride(r)) for o in maps)
+                or any(len(o.shape) > 3 and not any(_same(self.stride(o), s) for s in ends) for o in maps))
+
+    def parts(self, r, units):
+        "The two or more units that `r` is made of; `[r]` where there are none"
+        parts = self.outermost(self.inside(r, units))
+        while len(parts) == 1: parts = self.outermost(self.inside(parts[0], units))
+        return parts or [r]
+
+    def stages(self):
+        "The last layer at each resolution, or, where there is one resolution only, the blocks; and whether the resolutions differ"
+        for least in (2,0):
+            units = self.units(least)
+            outer = self.outermost(units)
+            strides = []
+            for r in outer:
+                if not any(_same(self.stride(r), s) for s in strides): strides.append(self.stride(r))
+            several = len(strides) > 1
+            while not several:
+                # what holds most of the weights is a body, not a block
+                finer = [p for r in outer for p in (self.parts(r, units) if self.n[r.name] > self.n['']/2 else [r])]
+                if len(finer) == len(outer): break
+                outer = finer
+            if not least: outer = self.activated(outer)
+            if several: outer = [[r for r in outer if _same(self.stride(r), s)] for s in strides]; outer = sorted((o[-1] for o in outer if o), key=lambda r: r.last)
+            # some blocks in a plain network are not its stages
+            if outer and (not least or sum(self.n[r.name] for r in self.outermost(units)) >= self.n['']/2): return outer,several
+        ran = ', '.join(f'{r.name!r} {r.shape}' for r in self.ran[:8])
+        raise ValueError(f"There is no layer in the {self.whose} ({type(self.root.layer).__name__}) that could be compared. Of its layers these ran: {ran or 'none'}.")
+
+    def activated(self, units):
+        "Of units with one weighted layer or none the last ones before the next weighted layer"
+        ends = []
+        for r in units:
+            if self.n[r.name]: ends.append(r)
+            elif ends and ends[-1].shape == r.shape: ends[-1] = r
+        return ends
+
+def _same(a, b):
+    "Are two strides the same, but for rounding and class tokens?"
+    return a is b or (a is not None and b is not None and max(a,b) < 1.41*min(a,b))
+
+def _evenly(stages, n):
+    "At most `n` of `stages` at even distances, the last among them"
+    n = min(n, len(stages))
+    return [stages[math.ceil((i+1)*len(stages)/n) - 1] for i in range(n)]
+
+def _by_depth(a, b):
+    "Pairs `(i,j)` of the depths `a` and `b`, both growing, that use all of the shorter list and differ least"
+    if len(a) > len(b): return [(i,j) for j,i in _by_depth(b, a)]
+    best = [(0.,[])]*(len(b)+1)                 # best[j]: the first i of `a` in the first j of `b`
+    for i,d in enumerate(a):
+        new = [(math.inf,[])]*(i+1)
+        for j in range(i, len(b)): new.append(min(new[-1], (best[j][0] + abs(d-b[j]), best[j][1] + [(i,j)])))
+        best = new
+    return best[-1][1]
+
+# %% ../nbs/01_layers.ipynb #a1eb2856
+def match_layers(
+    student, # A model or a `Learner`
+    teacher, # A model or a `Learner`
+    xb, # Inputs: a tensor, or a tuple of tensors for a model with several inputs
+    n:int=None, # At most so many pairs, at even distances; by default all, 4 for two models of one resolution
+    teacher_xb=None # Inputs of the teacher, where they are others than the student's
+) -> tuple:
+    "The names `(student's, teacher's)` of layers to compare, from shallow to deep. Both models run once and stay as they are. Raises `ValueError` where a model has no such layer."
+    a,b = _Anatomy(student, xb, 'student'),_Anatomy(teacher, xb if teacher_xb is None else teacher_xb, 'teacher')
+    (s,several_s),(t,several_t) = a.stages(),b.stages()
+    if not (several_s or several_t):
+        n = min(n or 4, len(s), len(t))
+        s,t = _evenly(s, n),_evenly(t, n)
+    shared = [(r,o) for r in s for o in t if _same(a.stride(r), b.stride(o))] if several_s and several_t else []
+    # a single resolution in common would pair one model's last stage with the other's first
+    if len(shared) < max(2, min(len(s), len(t))/2):
+        shared = [(s[i],t[j]) for i,j in _by_depth([a.depth[r.name] for r in s], [b.depth[r.name] for r in t])]
+    if n: shared = _evenly(shared, n)
+    return [r.name for r,_ in shared],[o.name for _,o in shared]

@@ -9,23 +9,10 @@ from contextlib import contextmanager, ExitStack
 import torch
 from torch import nn, Tensor
 from fastai.basics import L, Learner, tuplify
-from .layers import first_tensor
+from .layers import evaluating, first_tensor
 
 # %% auto #0
-__all__ = ['evaluating', 'logits_of', 'Teacher', 'mean_logits']
-
-# %% ../nbs/02_teacher.ipynb #ad2ee07f
-@contextmanager
-def evaluating(
-    model # A module, or a callable that has no mode
-):
-    "Within the block every module of `model` is in eval mode; afterwards each is in its own again."
-    # the flag itself and not `eval()`: some models do more than switch a flag there (merge or fold weights)
-    trained = [m for m in model.modules() if m.training] if isinstance(model, nn.Module) else []
-    for m in trained: m.training = False
-    try: yield
-    finally:
-        for m in trained: m.training = True
+__all__ = ['logits_of', 'Teacher', 'mean_logits']
 
 # %% ../nbs/02_teacher.ipynb #777399e5
 def logits_of(
@@ -60,6 +47,10 @@ class Teacher:
         "The first model, the one whose activations are compared"
         return self.models[0]
 
+    def inputs_of(self, *xb) -> tuple:
+        "The teacher's inputs for the student's"
+        return xb if self.inputs is None else tuplify(self.inputs(*xb))
+
     @torch.no_grad()
     def run(self,
         *xb, # Inputs, as the student gets them
@@ -67,7 +58,7 @@ class Teacher:
         logits:bool=True # Are the logits needed? Otherwise the forward may end after the last layer in `taps`
     ) -> list:
         "The logits of each model, in its own shape; without `logits` an empty list."
-        if self.inputs is not None: xb = tuplify(self.inputs(*xb))
+        xb = self.inputs_of(*xb)
         with ExitStack() as modes:
             for m in self.models: modes.enter_context(evaluating(m))
             first = self.model(*xb) if taps is None else taps.run(*xb, stop=not logits)

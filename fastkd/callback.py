@@ -14,7 +14,7 @@ from fastcore.basics import camel2snake
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastai.basics import AvgLoss, L, detuplify, find_bs, find_device, noop, num_distrib, to_device
-from .layers import Taps, unwrap, named_layers
+from .layers import Taps, unwrap, named_layers, match_layers
 from .teacher import Teacher, evaluating, logits_of, mean_logits
 
 # %% auto #0

@@ -1,0 +1,181 @@
+"The numbers: the objective, weights, schedules, columns and curves against hand-written loops"
+import math, pytest, torch
+import torch.nn.functional as F
+from torch import nn
+from fastai.callback.schedule import SchedCos, SchedLin, combine_scheds
+from fastai.metrics import accuracy
+from fastkd.all import *
+from conftest import batches, learner, net, weights
+
+@pytest.fixture(autouse=True)
+def float64():
+    "fastai's recorder starts from numbers of the default type"
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+def soft(z_s, z_t, T): return T*T*F.kl_div(F.log_softmax(z_s/T, 1), F.softmax(z_t/T, 1), reduction='batchmean')
+def attention(a): return F.normalize(a.pow(2).mean(1).flatten(1))
+
+def hand_loop(dls, student, objective, steps, lr=.1):
+    "Plain SGD on `objective(x, y, progress)`"
+    student.train()
+    losses = []
+    for i,(x,y) in enumerate(list(dls.train)[:steps]):
+        loss = objective(x, y, i/len(dls.train))
+        student.zero_grad(); loss.backward()
+        with torch.no_grad():
+            for p in student.parameters(): p -= lr*p.grad
+        losses.append(loss.item())
+    return losses
+
+def pair(dtype=torch.float64, **kwargs):
+    "The same untrained student twice, data in a fixed order, a teacher"
+    dls = batches(dtype=dtype, shuffle=False, **kwargs)
+    return dls, net(seed=1).to(dtype), net(seed=1).to(dtype), net(width=6, seed=7).to(dtype).eval()
+
+def close(a, b):
+    for k in a: assert torch.allclose(a[k].double(), b[k].double(), rtol=1e-10, atol=1e-12), k
+
+@pytest.mark.parametrize('T,weight,label_weight,a,b', [(5,.5,None,.5,.5), (5,100,.5,.5,100), (7,.7,None,.3,.7), (7,.7,.3,.3,.7), (5,.9,None,.1,.9), (4,1.,0.,0,1)])
+def test_soft_target_as_by_hand(T, weight, label_weight, a, b):
+    dls,mine,theirs,teacher = pair()
+    def objective(x, y, _):
+        z = theirs(x)
+        with torch.no_grad(): z_t = teacher(x)
+        return a*F.cross_entropy(z, y) + b*soft(z, z_t, T)
+    losses = hand_loop(dls, theirs, objective, 3, lr=.01)
+    learn = learner(dls, mine, lr=.01)
+    kd = KnowledgeDistillationCallback(teacher, SoftTarget(T=T), weight=weight, label_weight=label_weight)
+    learn.fit(1, cbs=kd)
+    close(weights(theirs), weights(mine))
+    total = [a*l+b*k for l,k in zip(*kd.curves['train'].values())]
+    assert total == pytest.approx(losses, rel=1e-5)
+
+def test_attention_as_by_hand():
+    dls,mine,theirs,teacher = pair()
+    def objective(x, y, _):
+        def stages(m):
+            a = m.bn1(m.conv1(x)); b = m.bn2(m.conv2(F.relu(a)))
+            return m.fc(F.relu(b).mean((2,3))), a, b
+        z,*a_s = stages(theirs)
+        with torch.no_grad(): _,*a_t = stages(teacher)
+        return .1*F.cross_entropy(z, y) + .9*sum(F.mse_loss(attention(s), attention(t)) for s,t in zip(a_s, a_t))
+    hand_loop(dls, theirs, objective, 3)
+    learner(dls, mine).fit(1, cbs=KnowledgeDistillationCallback(teacher, Attention, ['bn1','bn2'], ['bn1','bn2'], weight=.9))
+    close(weights(theirs), weights(mine))
+
+def test_two_losses_two_weights():
+    dls,mine,theirs,teacher = pair()
+    def objective(x, y, _):
+        z,z_t = theirs(x),teacher(x).detach()
+        return .3*F.cross_entropy(z, y) + .5*soft(z, z_t, 5) + .2*F.mse_loss(z, z_t)
+    hand_loop(dls, theirs, objective, 3)
+    kd = KnowledgeDistillationCallback(teacher, [SoftTarget,Logits], weight=[.5,.2])
+    learner(dls, mine).fit(1, cbs=kd)
+    close(weights(theirs), weights(mine))
+    assert list(kd.curves['train']) == ['label_loss','soft_target_loss','logits_loss']
+
+def test_one_weight_weighs_the_sum_of_the_losses():
+    dls,mine,theirs,teacher = pair()
+    def objective(x, y, _):
+        z,z_t = theirs(x),teacher(x).detach()
+        return .4*F.cross_entropy(z, y) + .6*(soft(z, z_t, 5) + F.mse_loss(z, z_t))
+    hand_loop(dls, theirs, objective, 3)
+    learner(dls, mine).fit(1, cbs=KnowledgeDistillationCallback(teacher, [SoftTarget,Logits], weight=.6))
+    close(weights(theirs), weights(mine))
+
+@pytest.mark.parametrize('schedule', [SchedCos(0, 1), SchedLin(1, .2), combine_scheds([.5,.5], [SchedLin(0,1),SchedCos(1,0)])])
+@pytest.mark.parametrize('label_weight', [None,.5])
+def test_schedule(schedule, label_weight):
+    dls,mine,theirs,teacher = pair()
+    def objective(x, y, progress):
+        w = .8*float(schedule(progress))
+        z,z_t = theirs(x),teacher(x).detach()
+        return (1-w if label_weight is None else label_weight)*F.cross_entropy(z, y) + w*soft(z, z_t, 5)
+    hand_loop(dls, theirs, objective, 3)
+    learner(dls, mine).fit(1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget, weight=.8, label_weight=label_weight, schedule=schedule))
+    close(weights(theirs), weights(mine))
+
+def test_plain_functions_take_what_they_name():
+    dls,mine,theirs,teacher = pair()
+    losses = [lambda pred, teacher_pred: F.mse_loss(pred, teacher_pred), lambda teacher_pred, pred, **kwargs: F.mse_loss(pred, teacher_pred), Logits, Logits()]
+    results = []
+    for loss in losses:
+        model = net(seed=1).double()
+        learner(dls, model).fit(1, cbs=KnowledgeDistillationCallback(teacher, loss))
+        results.append(weights(model))
+    for r in results[1:]: close(results[0], r)
+
+def test_a_peers_loss_that_walks_both_dicts_works():
+    seen = []
+    def peer(pred, fm_s, fm_t, **kwargs):
+        for a,b in zip(fm_s, fm_t): seen.append((fm_s[a].shape[1], fm_t[b].shape[1]))
+        return pred.sum()
+    learner().fit(1, cbs=KnowledgeDistillationCallback(net(width=6), peer, ['conv2','conv1','conv2'], ['bn2','bn1','conv2']))
+    assert seen[:3] == [(8,12),(4,6),(8,12)]  # the user's order, one layer in two pairs
+
+def test_paper_weights():
+    kd = KnowledgeDistillationCallback(net(), Attention, ['conv1'], ['conv1'], weight='paper')
+    assert kd.label_weight == 1 and kd.weights == [1000]
+    kd = KnowledgeDistillationCallback(net(), SoftTarget, weight='paper')
+    assert kd.label_weight == .1 and kd.weights == [.9]
+    assert KnowledgeDistillationCallback(net(), SoftTarget(standardize=True), weight='paper').weights == [9]
+    assert KnowledgeDistillationCallback(net(), [SoftTarget,Attention], weight='paper', label_weight=1).weights == [.9,1000]
+
+class Table:
+    "What the learner logs"
+    def __init__(self, learn): self.rows = []; learn.logger = self.rows.append
+    @property
+    def head(self): return list(self.learn.recorder.metric_names)
+
+def test_columns_and_means(teacher):
+    dls = batches(n_valid=12)  # batches of 8 and 4: a mean over rows, not over batches
+    learn = learner(dls, metrics=accuracy)
+    kd = KnowledgeDistillationCallback(teacher, SoftTarget, weight=.3)
+    learn.fit(2, cbs=kd)
+    assert list(learn.recorder.metric_names) == ['epoch','train_loss','valid_loss','accuracy','label_loss','kd_loss','time']
+    x,y = map(torch.stack, zip(*dls.valid_ds))
+    with torch.no_grad(): z,z_t = learn.model.eval()(x),teacher.eval()(x)
+    label,kd_loss = F.cross_entropy(z, y).item(),soft(z, z_t, 5).item()
+    _,valid,_,label_col,kd_col = learn.recorder.values[-1]
+    assert (label_col,kd_col,valid) == pytest.approx((label, kd_loss, .7*label+.3*kd_loss), rel=1e-4)
+    assert kd.curves['valid']['kd_loss'][-1] == pytest.approx(kd_loss, rel=1e-4)
+    assert [len(c) for c in kd.curves['train'].values()] == [6,6] and kd.curves['steps'] == [3,6]
+    assert learn.recorder.losses[0] == pytest.approx(.7*kd.curves['train']['label_loss'][0] + .3*kd.curves['train']['kd_loss'][0], rel=1e-5)
+    learn.fit(1)
+    assert list(learn.recorder.metric_names) == ['epoch','train_loss','valid_loss','accuracy','time'] and len(learn.recorder.values[-1]) == 3
+
+def test_train_metrics_have_the_terms_too(teacher):
+    learn = learner()
+    learn.recorder.train_metrics = True
+    kd = KnowledgeDistillationCallback(teacher, SoftTarget)
+    learn.fit(1, cbs=kd)
+    names = list(learn.recorder.metric_names)[1:-1]
+    row = dict(zip(names, learn.recorder.values[-1]))
+    for column,curve in kd.curves['train'].items(): assert row[f'train_{column}'] == pytest.approx(sum(curve)/3, rel=1e-4)
+    assert row['valid_kd_loss'] == pytest.approx(kd.curves['valid']['kd_loss'][0])
+
+def test_valid_false_runs_no_teacher_in_validation():
+    calls = []
+    def teacher(x): calls.append(len(x)); return torch.zeros(len(x), 3)
+    learn = learner()
+    learn.fit(1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget, valid=False))
+    assert calls == [8]*3
+    row = dict(zip(list(learn.recorder.metric_names)[1:], learn.recorder.values[-1]))
+    assert row['label_loss'] == pytest.approx(row['valid_loss']) and math.isnan(row['kd_loss'])
+
+def test_several_losses_of_one_kind_have_columns_of_their_own():
+    kd = KnowledgeDistillationCallback(net(), [SoftTarget(T=1),SoftTarget(T=4),lambda pred: pred.sum()], weight=.1)
+    assert [t.column for t in kd.terms] == ['soft_target_loss_1','soft_target_loss_2','kd_loss']
+
+def test_ensemble_is_the_mean_at_the_losss_temperature():
+    dls,mine,theirs,teacher = pair()
+    other = net(width=5, seed=9).double().eval()
+    def objective(x, y, _):
+        z = theirs(x)
+        with torch.no_grad(): p = (F.softmax(teacher(x)/4, 1) + F.softmax(other(x)/4, 1))/2
+        return .5*F.cross_entropy(z, y) + .5*16*F.kl_div(F.log_softmax(z/4, 1), p, reduction='batchmean')
+    hand_loop(dls, theirs, objective, 3)
+    learner(dls, mine).fit(1, cbs=KnowledgeDistillationCallback([teacher,other], SoftTarget(T=4)))
+    close(weights(theirs), weights(mine))

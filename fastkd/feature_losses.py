@@ -125,7 +125,9 @@ class PKT(FeatureLoss):
 
     def pair_loss(self, s, t):
         p_s,p_t = neighbours(embedding(s, self.pool)), neighbours(embedding(t, self.pool))
-        return (p_t * torch.log((p_t+1e-7)/(p_s+1e-7))).mean()
+        diff = p_t - p_s
+        # log of (p_t+1e-7)/(p_s+1e-7), less a difference that sums to 0: no cancellation for equal neighbourhoods
+        return (p_t*torch.log1p(diff/(p_s+1e-7)) - diff).mean()
 
 # %% ../nbs/00b_feature_losses.ipynb #cb226d54
 class NST(FeatureLoss):
@@ -158,7 +160,7 @@ class TrainedFeatureLoss(FeatureLoss):
         "Make the parameters anew from the shapes of the activations, leaving the random stream as it is"
         pairs = self.pairs(_plain(fm_s), _plain(fm_t))
         with torch.random.fork_rng(devices=[]), torch.device("cpu"): parts = self.make_parts(pairs) # the CPU's stream is put back
-        self.parts = parts.to(pairs[0][0].device, pairs[0][0].dtype).train(self.training)
+        self.parts = parts.to(pairs[0][0].dtype).to(pairs[0][0].device).train(self.training)
 
     def make_parts(self, pairs): return nn.ModuleList([self.make(*same_size(s, t)) for s,t in pairs])
 
@@ -240,7 +242,7 @@ class _Gaussian(nn.Module):
         super().__init__()
         ni,no = s.shape[1],t.shape[1]
         self.mean = nn.Sequential(pointwise(s, ni, no, False), nn.ReLU(), pointwise(s, no, no, False), nn.ReLU(), pointwise(s, no, no, False))
-        self.a,self.eps = nn.Parameter(torch.full((no,), math.log(math.expm1(variance - eps)))),eps
+        self.a,self.eps = nn.Parameter(torch.full((no,), math.log(math.expm1(variance - eps)), dtype=torch.float64)),eps
 
     def forward(self, s):
         variance = torch.logaddexp(self.a, torch.zeros_like(self.a)) + self.eps # softplus, to full precision

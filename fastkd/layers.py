@@ -4,19 +4,20 @@
 
 # %% ../nbs/01_layers.ipynb #81ef67ae
 from __future__ import annotations
-import difflib, math
+import difflib, itertools, math
 from contextlib import contextmanager, ExitStack
 from dataclasses import dataclass
 from functools import partial
+import pandas as pd
 import torch
 from torch import nn, Tensor
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from fastai.basics import Learner, no_random, to_device, tuplify
+from fastai.basics import Learner, no_random, patch, to_device, tuplify
 
 # %% auto #0
 __all__ = ['unwrap', 'named_layers', 'get_model_layers', 'find_layer', 'first_tensor', 'Taps', 'evaluating', 'looking_at',
-           'match_layers']
+           'LayerTable', 'layer_table', 'match_layers', 'layer_similarity']
 
 # %% ../nbs/01_layers.ipynb #476d8c7c
 def unwrap(
@@ -49,19 +50,26 @@ def get_model_layers(
 def find_layer(
     model, # A model or a `Learner`
     name:str, # Dotted name of a layer
-    whose:str='model' # How to call the model in an error, e.g. 'student'
+    whose:str='model', # How to call the model in an error, e.g. 'student'
+    xb=None # Inputs, if at hand: the error tells the shapes of what the nearest layers put out
 ) -> nn.Module:
-    "The layer of `model` called `name`. Raises `ValueError` that lists the nearest names where there is none."
+    "The layer of `model` called `name`. Raises `ValueError` that lists the nearest names where there is none, `TypeError` for what is no name."
     layers = dict(named_layers(model))
+    if not isinstance(name, str):
+        known = next((n for n,l in layers.items() if l is name), None)
+        raise TypeError(f"A layer is given by its name, a string, but for the {whose} there is a {type(name).__name__}"
+                        + (f"; the name of this one is {known!r}." if known else "."))
     if name in layers: return layers[name]
     thing = unwrap(model)
     try:
-        for part in str(name).split('.'): thing = getattr(thing, part)
+        for part in name.split('.'): thing = getattr(thing, part)
         what = f"is a {type(thing).__name__}, not a layer, so it puts nothing out that could be compared."
     except AttributeError: what = "does not exist."
-    near = difflib.get_close_matches(str(name), layers, n=5, cutoff=0.3) or list(layers)[:5]
+    near = difflib.get_close_matches(name, layers, n=5, cutoff=0.3) or list(layers)[:5]
+    shapes = {} if xb is None else {r.name: r.shape for r in _trace(model, xb)}
+    near = [repr(n) + (f' {shapes.get(n) or "that does not run"}' if shapes else '') for n in near]
     raise ValueError(f"Layer {name!r} of the {whose} ({type(unwrap(model)).__name__}) {what} "
-                     f"The nearest names: {', '.join(map(repr, near))}. `get_model_layers({whose})` lists all of them.")
+                     f"The nearest names: {', '.join(near)}. `get_model_layers({whose})` lists all of them.")
 
 # %% ../nbs/01_layers.ipynb #36f7a440
 def first_tensor(
@@ -81,9 +89,10 @@ class Taps:
     def __init__(self,
         model, # A model or a `Learner`
         names, # Dotted names of layers
-        whose:str='model' # How to call the model in an error
+        whose:str='model', # How to call the model in an error
+        xb=None # Inputs, if at hand, for an error that tells shapes
     ):
-        self.model,self.whose,self.layers = model,whose,{n: find_layer(model, n, whose) for n in names}
+        self.model,self.whose,self.layers = model,whose,{n: find_layer(model, n, whose, xb) for n in names}
         self.hooks,self.untouched,self.once = [],set(),False
         self.forget()
 
@@ -116,7 +125,10 @@ class Taps:
                 raise RuntimeError(f"What layer {key[0]!r} of the {self.whose} put out was changed in place in this forward but not in the first; hook the layer before it.")
             if not changed: self.untouched.add(key)
         missing = [n for n in self.layers if n not in self.stored]
-        if missing: raise ValueError(f"Layer {missing[0]!r} of the {self.whose} did not run in the forward, so there is nothing to compare. Layers that run: see `layer_table`.")
+        if missing:
+            kind = type(self.layers[missing[0]]).__name__
+            hint = f"a {kind} never runs itself, name a layer inside it" if isinstance(self.layers[missing[0]], (nn.ModuleList, nn.ModuleDict)) else "`layer_table` shows the layers that run"
+            raise ValueError(f"Layer {missing[0]!r} of the {self.whose} ({kind}) did not run in the forward, so there is nothing to compare: {hint}.")
         self.once = self.calls == len(self.layers)
         stored = self.stored
         self.forget()
@@ -210,7 +222,7 @@ def _trace(model, xb):
             for h in hooks: h.remove()
     return sorted((r for r in ran.values() if r.last), key=lambda r: r.first)
 
-# %% ../nbs/01_layers.ipynb #cedf9712
+# %% ../nbs/01_layers.ipynb #9da2655d
 def _weighted(layer):
     "The layers in `layer` that compute with weights, such as convolutions and linear layers"
     return [m for m in layer.modules() if not isinstance(m, nn.Embedding) and any(p.ndim > 1 for p in m._parameters.values() if p is not None)]
@@ -270,7 +282,7 @@ class _Anatomy:
         return [r for r in units if not any(r.name[:i] in names for i,c in enumerate(r.name) if c == '.')]
 
     def units(self, least):
-        "What may stand for a stage: layers with `least` weighted layers or more, but no whole body and no head; in the order in which they end"
+        "What may stand for a stage or a block: layers with `least` weighted layers or more, but no whole body and no head; in the order in which they end"
         units = [r for r in self.ran if self.layout(r.shape)[0] and self.n[r.name] >= least and 'Pool' not in type(r.layer).__name__
                  and not isinstance(r.layer, (nn.Dropout, nn.Flatten, nn.Identity))]
         units = [r for r in units if self.stride(r)] or units
@@ -291,26 +303,43 @@ class _Anatomy:
         while len(parts) == 1: parts = self.outermost(self.inside(parts[0], units))
         return parts or [r]
 
-    def stages(self):
-        "The last layer at each resolution, or, where there is one resolution only, the blocks; and whether the resolutions differ"
+    def several(self, units):
+        "Are there several resolutions?"
+        return any(not _same(self.stride(r), self.stride(units[0])) for r in units)
+
+    def outer(self):
+        "The outermost layers that the model is made of, in the order in which they end. Raises `ValueError` where there are none."
         for least in (2,0):
             units = self.units(least)
             outer = self.outermost(units)
-            strides = []
-            for r in outer:
-                if not any(_same(self.stride(r), s) for s in strides): strides.append(self.stride(r))
-            several = len(strides) > 1
-            while not several:
+            weights = sum(self.n[r.name] for r in outer)
+            while outer and not self.several(outer):
                 # what holds most of the weights is a body, not a block
                 finer = [p for r in outer for p in (self.parts(r, units) if self.n[r.name] > self.n['']/2 else [r])]
                 if len(finer) == len(outer): break
                 outer = finer
             if not least: outer = self.activated(outer)
-            if several: outer = [[r for r in outer if _same(self.stride(r), s)] for s in strides]; outer = sorted((o[-1] for o in outer if o), key=lambda r: r.last)
-            # some blocks in a plain network are not its stages
-            if outer and (not least or sum(self.n[r.name] for r in self.outermost(units)) >= self.n['']/2): return outer,several
+            # a few blocks in a plain network are not its stages
+            if outer and (not least or weights >= self.n['']/2): return outer
         ran = ', '.join(f'{r.name!r} {r.shape}' for r in self.ran[:8])
         raise ValueError(f"There is no layer in the {self.whose} ({type(self.root.layer).__name__}) that could be compared. Of its layers these ran: {ran or 'none'}.")
+
+    def stages(self):
+        "The last of the outermost layers at each resolution; all of them where there is one resolution only"
+        outer = self.outer()
+        if not self.several(outer): return outer
+        last = []
+        for r in outer: last = [o for o in last if not _same(self.stride(o), self.stride(r))] + [r]
+        return last
+
+    def blocks(self):
+        "The outermost layers, and in place of a stage its blocks, where they stand in a row and put out what the stage does"
+        units,layers = self.units(2),dict(named_layers(self.root.layer))
+        def row(r):
+            parts = self.parts(r, units)
+            rows = (nn.Sequential, nn.ModuleList)
+            return parts if all(p.shape == r.shape and isinstance(layers.get(p.name.rpartition('.')[0]), rows) for p in parts) else [r]
+        return [p for r in self.outer() for p in row(r)]
 
     def activated(self, units):
         "Of units with one weighted layer or none the last ones before the next weighted layer"
@@ -324,10 +353,69 @@ def _same(a, b):
     "Are two strides the same, but for rounding and class tokens?"
     return a is b or (a is not None and b is not None and max(a,b) < 1.41*min(a,b))
 
+# %% ../nbs/01_layers.ipynb #7c97d004
+class LayerTable(pd.DataFrame):
+    "A data frame that a notebook shows with all its rows"
+    @property
+    def _constructor(self): return LayerTable
+
+    def _repr_html_(self):
+        text = {'shape': lambda o: ' × '.join(map(str, o)) if isinstance(o, tuple) else '', 'parameters': '{:,}'.format, 'stride': '{:.4g}'.format}
+        return self.to_html(formatters={c: f for c,f in text.items() if c in self}, na_rep='')
+
+# %% ../nbs/01_layers.ipynb #a5e18086
+def layer_table(
+    model, # A model or a `Learner`
+    xb, # Inputs: a tensor, or a tuple of tensors for a model with several inputs
+    depth:int=None # Show layers down to this depth only: 1 for the names without a dot
+) -> LayerTable:
+    """One row for each layer of `model` that runs on `xb`, in the order in which they begin.
+
+    Columns: `type`; `shape` of what the layer puts out (of its last call, of the first tensor where there are several); `stride`, how many input positions in
+    each direction go into one of its positions (in the geometric mean, empty where it has no positions); `parameters`, those of the layers inside included;
+    `calls`, how often it ran. The model stays as it was."""
+    a = _Anatomy(model, xb)
+    ran = [r for r in a.ran if depth is None or r.name.count('.') < depth]
+    strides = [a.stride(r) if r.shape and (len(r.shape) < 4 or a.fits(r)) else None for r in ran]
+    return LayerTable({'type': [type(r.layer).__name__ for r in ran], 'shape': [r.shape for r in ran], 'stride': pd.array(strides, dtype='Float64').to_numpy(float, na_value=math.nan),
+        'parameters': [sum(p.numel() for p in r.layer.parameters()) for r in ran], 'calls': [r.calls for r in ran]}, index=pd.Index([r.name for r in ran], name='layer'))
+
+# %% ../nbs/01_layers.ipynb #5bcd7871
+@contextmanager
+def _rewound(
+    dl # A `DataLoader` or any iterable of batches
+):
+    "Within the block batches can be drawn; afterwards a fastai `DataLoader` will shuffle as if they had not been"
+    rng = getattr(dl, 'rng', None)
+    state = rng.getstate() if rng else None
+    with no_random(reproducible=False):
+        try: yield
+        finally:
+            if rng:
+                rng.setstate(state)
+                dl.rng = rng
+
+@patch(nm='layer_table')
+def _layer_table(
+    self:Learner,
+    depth:int=None # Show layers down to this depth only: 1 for the names without a dot
+) -> LayerTable:
+    "One row for each layer of the model that runs on a training batch: `fastkd.layers.layer_table`."
+    dl = self.dls.train
+    with _rewound(dl): xb = dl.one_batch()[:getattr(dl, 'n_inp', 1)]
+    return layer_table(self.model, xb, depth)
+
+# %% ../nbs/01_layers.ipynb #e26c6535
 def _evenly(stages, n):
     "At most `n` of `stages` at even distances, the last among them"
     n = min(n, len(stages))
     return [stages[math.ceil((i+1)*len(stages)/n) - 1] for i in range(n)]
+
+def _by_stride(a, b):
+    "Pairs `(i,j)` of the strides `a` and `b` that are the same, and the nearest to each other"
+    far = lambda s,t: abs(math.log(s/t))
+    nearest = {i: min(range(len(b)), key=lambda j: far(s, b[j])) for i,s in enumerate(a)}
+    return [(i,j) for i,j in nearest.items() if _same(a[i], b[j]) and i == min(range(len(a)), key=lambda i: far(a[i], b[j]))]
 
 def _by_depth(a, b):
     "Pairs `(i,j)` of the depths `a` and `b`, both growing, that use all of the shorter list and differ least"
@@ -349,13 +437,83 @@ def match_layers(
 ) -> tuple:
     "The names `(student's, teacher's)` of layers to compare, from shallow to deep. Both models run once and stay as they are. Raises `ValueError` where a model has no such layer."
     a,b = _Anatomy(student, xb, 'student'),_Anatomy(teacher, xb if teacher_xb is None else teacher_xb, 'teacher')
-    (s,several_s),(t,several_t) = a.stages(),b.stages()
-    if not (several_s or several_t):
+    s,t = a.stages(),b.stages()
+    if not (a.several(s) or b.several(t)):
         n = min(n or 4, len(s), len(t))
         s,t = _evenly(s, n),_evenly(t, n)
-    shared = [(r,o) for r in s for o in t if _same(a.stride(r), b.stride(o))] if several_s and several_t else []
+    shared = _by_stride([a.stride(r) for r in s], [b.stride(r) for r in t]) if a.several(s) and b.several(t) else []
     # a single resolution in common would pair one model's last stage with the other's first
-    if len(shared) < max(2, min(len(s), len(t))/2):
-        shared = [(s[i],t[j]) for i,j in _by_depth([a.depth[r.name] for r in s], [b.depth[r.name] for r in t])]
+    if len(shared) < max(2, min(len(s), len(t))/2): shared = _by_depth([a.depth[r.name] for r in s], [b.depth[r.name] for r in t])
     if n: shared = _evenly(shared, n)
-    return [r.name for r,_ in shared],[o.name for _,o in shared]
+    return [s[i].name for i,_ in shared],[t[j].name for _,j in shared]
+
+# %% ../nbs/01_layers.ipynb #f35833c1
+def _centred_gram(
+    act, # What a layer put out, one example for each index of the first dimension
+) -> Tensor:
+    "The matrix of the scalar products between examples, without its diagonal, centred so that products of two such matrices are unbiased (Székely and Rizzo, 2014)"
+    x = act.flatten(1).float() if act.dtype != torch.double else act.flatten(1)
+    x = x - x.mean(0)                           # changes nothing but rounding: the centring below takes a common shift out
+    k = (x @ x.T).double()
+    n = len(k)
+    k.fill_diagonal_(0)
+    rows = k.sum(0)/(n-2)
+    k = k - rows - rows[:,None] + rows.sum()/(n-1)
+    return k.fill_diagonal_(0)
+
+# %% ../nbs/01_layers.ipynb #289ce604
+def _grams(model, names, xb, whose):
+    "The centred matrices of the layers `names` on one batch, one row each"
+    grams,hooks = {},[]
+    def keep(name, layer, inp, output):
+        act = first_tensor(output)
+        if act is None or act.ndim < 2: raise TypeError(f"Layer {name!r} of the {whose} puts out nothing that could be compared between examples: {type(output).__name__}{_shape(output) or ''}.")
+        grams[name] = _centred_gram(act.as_subclass(Tensor))
+    try:
+        for n in names: hooks.append(find_layer(model, n, whose, xb).register_forward_hook(partial(keep, n)))
+        _run(unwrap(model), xb)
+    finally:
+        for h in hooks: h.remove()
+    missing = [n for n in names if n not in grams]
+    if missing: raise ValueError(f"Layer {missing[0]!r} of the {whose} did not run in the forward. `layer_table` shows the layers that run.")
+    sizes = {n: len(grams[n]) for n in names}
+    odd = next((n for n in names if sizes[n] != len(first_tensor(tuplify(xb)))), None)
+    if odd: raise ValueError(f"Layer {odd!r} of the {whose} puts out {sizes[odd]} rows for a batch of {len(first_tensor(tuplify(xb)))} examples, so examples cannot be compared there; choose another layer.")
+    return torch.stack([grams[n].flatten().cpu() for n in names])
+
+def _batches(dl, n):
+    "The inputs of at most `n` batches of `dl`"
+    for batch in itertools.islice(dl, n):
+        # fastai's loaders know how many of a batch are inputs; of a plain one the first is
+        yield batch if isinstance(batch, Tensor) else tuple(batch)[:getattr(dl, 'n_inp', 1)]
+
+# %% ../nbs/01_layers.ipynb #760e4e05
+def layer_similarity(
+    student, # A model or a `Learner`
+    teacher, # A model or a `Learner`
+    dl, # Batches: a fastai or PyTorch `DataLoader`, or a list of batches; a batch is a tensor or a tuple of inputs and targets
+    layers=None, # `(student's names, teacher's names)` as from `match_layers`, or a dict of pairs; by default the blocks of both
+    n_batches:int=10, # Use at most so many batches
+    inputs=None # Maps the student's inputs `(*xb)` to the teacher's
+) -> pd.DataFrame:
+    """Linear CKA between what layers of two models put out: rows for the student's, columns for the teacher's.
+
+    Minibatch CKA of Nguyen et al. (2021), from the unbiased HSIC_1 of Song et al. (2012); activations are flattened, one row for each example. Memory grows with the number of
+    layers and the square of the batch size, not with the number of batches. Both models stay as they were, random streams too.
+    Raises `ValueError` where no batch has four examples, or a layer does not put out one row for each example."""
+    if isinstance(layers, dict): layers = list(layers), list(layers.values())
+    total = None
+    with looking_at(student, teacher), _rewound(dl):
+        for xb in _batches(dl, n_batches):
+            n = len(first_tensor(tuplify(xb)))
+            if n < 4: continue
+            t_xb = xb if inputs is None else inputs(*tuplify(xb))
+            if layers is None: layers = [[r.name for r in _Anatomy(*o).blocks()] for o in ((student, xb, 'student'), (teacher, t_xb, 'teacher'))]
+            s_names,t_names = map(list, map(dict.fromkeys, layers))
+            s,t = _grams(student, s_names, xb, 'student'),_grams(teacher, t_names, t_xb, 'teacher')
+            # HSIC_1 is the sum over n(n-3); weighted by n
+            new = [o/(n-3) for o in (s @ t.T, s.pow(2).sum(1), t.pow(2).sum(1))]
+            total = new if total is None else [a+b for a,b in zip(total, new)]
+    if total is None: raise ValueError("No batch has the four examples that a comparison needs.")
+    st,ss,tt = total
+    return pd.DataFrame((st/(ss[:,None]*tt).sqrt()).numpy(), index=pd.Index(s_names, name='student'), columns=pd.Index(t_names, name='teacher'))

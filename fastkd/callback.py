@@ -10,10 +10,10 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from fastcore.basics import camel2snake
+from fastcore.basics import camel2snake, patch
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
-from fastai.basics import AvgLoss, L, detuplify, find_bs, find_device, noop, num_distrib, to_device
+from fastai.basics import AvgLoss, L, Learner, detuplify, find_bs, find_device, noop, num_distrib, to_device
 from .layers import Taps, unwrap, named_layers, match_layers
 from .teacher import Teacher, evaluating, logits_of, mean_logits
 
@@ -72,6 +72,7 @@ class TermMetric(AvgLoss):
     def value(self): return self.total/self.count if self.count else math.nan
     @property
     def name(self): return self.column
+    def __reduce__(self): return AvgLoss,()  # an export in the middle of a fit must load without fastkd
 
 # %% ../nbs/03_callback.ipynb #5e7a0315
 def class_axis(
@@ -173,7 +174,7 @@ class KnowledgeDistillationCallback(Callback):
         self.asked = self.pairs = _pairs(activations_student, activations_teacher)
         self.schedule,self.valid = schedule,valid
         self._set_weights(weight, label_weight)
-        self.values,self.curves = {},{}
+        self.values,self.curves,self.student = {},{},noop  # the last fit's: its terms now, their curves, its learner
         self.undo,self.own,self.taps,self.unbuilt = ExitStack(),LossParameters(),None,[]
 
     def _set_weights(self, weight, label_weight):
@@ -209,22 +210,14 @@ class KnowledgeDistillationCallback(Callback):
         "The terms that count at this point of the training, with their weights."
         return [(t,w) for t,w in zip(self.terms, self.now()[1]) if w] if self.distilling else []
 
-    # the learner takes callbacks of `fit(cbs=)` away by `learn = None`, after an error too
-    @property
-    def learn(self): return self.__dict__.get('_learn')
-    @learn.setter
-    def learn(self, learn):
-        if learn is None: self.close()
-        else: self.__dict__['_last'] = weakref.ref(learn)
-        self.__dict__['_learn'] = learn
-
     # what `Learner.export` keeps of this callback: nothing
     def __reduce__(self): return Callback,()
 
     def before_fit(self):
         "Add the columns of the epoch table"
         if not self.create_mbar: return
-        self.close()  # what a fit that failed may have left, where the callback is the learner's own
+        self.close()
+        self.student = weakref.ref(self.learn)
         self.offer = dict(axis=class_axis(self.loss_func), ignore_index=getattr(self.loss_func, 'ignore_index', getattr(getattr(self.loss_func, 'func', None), 'ignore_index', None)))
         columns = ['label_loss'] + [t.column for t in self.terms]
         self.curves = {'train': {c: [] for c in columns}, 'valid': {c: [] for c in columns}, 'steps': []}
@@ -390,7 +383,7 @@ class KnowledgeDistillationCallback(Callback):
     ):
         "Show where the student and the teacher of the last fit look, for each pair of layers; `kwargs` go to `fastkd.plots.show_attention`."
         from fastkd.plots import show_attention
-        learn = self.learn or self.__dict__.get('_last', noop)()
+        learn = self.student()
         if learn is None or not self.pairs: raise ValueError("There is nothing to show before a fit with a loss that compares activations.")
         dl = dl or learn.dls.valid
         batch = dl.one_batch()
@@ -412,3 +405,12 @@ def _columns(learn, metrics):
     learn.metrics = learn.metrics + metrics
     try: yield
     finally: learn.metrics = [m for m in learn.metrics if m not in metrics]
+
+# %% ../nbs/03_callback.ipynb #1651b7fb
+@patch
+def fit(self:Learner, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
+    "Fit `self.model` for `n_epoch` using `cbs`, as fastai does; nothing of a distillation is left afterwards, however it ended."
+    try: self._orig_fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
+    finally:
+        for cb in L(cbs)+self.cbs:
+            if isinstance(cb, KnowledgeDistillationCallback): cb.close()

@@ -93,6 +93,9 @@ class Taps:
         xb=None # Inputs, if at hand, for an error that tells shapes
     ):
         self.model,self.whose,self.layers = model,whose,{n: find_layer(model, n, whose, xb) for n in names}
+        for n,l in self.layers.items():
+            twin = next((o for o,k in self.layers.items() if o != n and k is l), None)
+            if twin is not None: raise ValueError(f"Layers {n!r} and {twin!r} of the {whose} are one and the same module, so what they put out cannot be told apart; name one of them.")
         self.hooks,self.untouched,self.once = [],set(),False
         self.forget()
 
@@ -119,11 +122,10 @@ class Taps:
 
     def activations(self) -> dict:
         "What was kept, by name, once the model has run. Raises `ValueError` for a layer that has not."
-        for key,act,version in self.watched:
-            changed = act._version != version
-            if changed and key in self.untouched:
-                raise RuntimeError(f"What layer {key[0]!r} of the {self.whose} put out was changed in place in this forward but not in the first; hook the layer before it.")
-            if not changed: self.untouched.add(key)
+        changed = {key for key,act,version in self.watched if act._version != version}
+        for name,_ in changed & self.untouched:
+            raise RuntimeError(f"What layer {name!r} of the {self.whose} put out was changed in place in this forward but not in the first; name the layer before it.")
+        self.untouched |= {key for key,_,_ in self.watched} - changed
         missing = [n for n in self.layers if n not in self.stored]
         if missing:
             kind = type(self.layers[missing[0]]).__name__

@@ -1,0 +1,74 @@
+"Promise 5: exports stay small and free of fastkd"
+import pickle, subprocess, sys
+from operator import itemgetter
+import pytest, torch
+from torch import nn
+from fastai.basics import Datasets, load_learner
+from fastai.callback.core import Callback
+from fastai.callback.tracker import SaveModelCallback
+from fastkd.all import *
+from conftest import batches, hooks, learner, net, same, weights
+
+def big(): return net(width=64, seed=7)
+
+def exported(tmp_path, name, **kwargs):
+    g = torch.Generator().manual_seed(0)
+    items = [{'x': torch.randn(1,8,8, generator=g), 'y': torch.tensor(i%3)} for i in range(24)]
+    dls = Datasets(items, [[itemgetter('x')],[itemgetter('y')]], splits=(range(16),range(16,24))).dataloaders(bs=8, num_workers=0, device='cpu')
+    learn = learner(dls, model=net(seed=1), path=tmp_path, **kwargs)
+    learn.logger = print
+    learn.recorder.smooth_loss = type(learn.recorder.smooth_loss).__bases__[0]()  # fastai's own: a test's class cannot be loaded elsewhere
+    return learn
+
+@pytest.mark.parametrize('loss', [SoftTarget, Attention])
+@pytest.mark.parametrize('own', [True, False], ids=['Learner(cbs=)','fit(cbs=)'])
+def test_export_holds_the_student_only(tmp_path, loss, own):
+    plain = exported(tmp_path, 'plain')
+    plain.fit(1); plain.export('plain.pkl')
+    kd = KnowledgeDistillationCallback(big(), loss, *(['bn1','bn1'] if loss is Attention else []))
+    learn = exported(tmp_path, 'kd', **({'cbs': kd} if own else {}))
+    learn.fit(1, cbs=None if own else kd)
+    learn.export('kd.pkl')
+    sizes = [(tmp_path/f'{n}.pkl').stat().st_size for n in ('plain','kd')]
+    assert sizes[1] < sizes[0] + 1000
+    assert b'fastkd' not in (tmp_path/'kd.pkl').read_bytes()
+    again = load_learner(tmp_path/'kd.pkl')
+    assert same(weights(learn.model), weights(again.model)) and not hooks(again.model)
+    x = torch.stack([x for x,_ in learn.dls.valid_ds])
+    assert torch.equal(again.model.eval()(x), learn.model.eval()(x))
+
+def test_an_export_loads_where_there_is_no_fastkd(tmp_path):
+    learn = exported(tmp_path, 'kd', cbs=KnowledgeDistillationCallback(big(), Attention, 'bn1', 'bn1'))
+    learn.model = nn.Sequential(nn.Conv2d(1,4,3), nn.Flatten(), nn.Linear(144, 3))
+    learn.knowledge_distillation.asked = [('0','bn1')]
+    learn.fit(1); learn.export('kd.pkl')
+    code = f"""
+import sys; sys.modules['fastkd'] = None
+from fastai.basics import load_learner
+import torch
+learn = load_learner({str(tmp_path/'kd.pkl')!r})
+print(tuple(learn.model(torch.zeros(2,1,8,8)).shape))
+"""
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    assert done.stdout.strip().endswith('(2, 3)'), done.stderr
+
+@pytest.mark.parametrize('exc', [ValueError, KeyboardInterrupt], ids=lambda e: e.__name__)
+def test_export_after_a_fit_that_failed(tmp_path, exc):
+    class Fail(Callback):
+        order = 5
+        def after_loss(self): raise exc('raised by a test')
+    learn = exported(tmp_path, 'kd', cbs=KnowledgeDistillationCallback(big(), Attention, 'bn1', 'bn1'))
+    with pytest.raises(exc): learn.fit(1, cbs=Fail())
+    learn.export('kd.pkl')
+    assert b'fastkd' not in (tmp_path/'kd.pkl').read_bytes()
+
+def test_saved_models_hold_the_student_only(tmp_path):
+    learn = exported(tmp_path, 'kd')
+    learn.fit(2, cbs=[KnowledgeDistillationCallback(big(), [SoftTarget,Attention], 'bn1', 'bn1'), SaveModelCallback(monitor='label_loss', fname='best', with_opt=True)])
+    state = torch.load(tmp_path/'models'/'best.pth', weights_only=False)
+    assert state['model'].keys() == net().state_dict().keys()
+    assert len(state['opt']['state']) == len(list(learn.model.parameters()))
+
+def test_the_callback_itself_pickles_to_an_empty_one():
+    kd = KnowledgeDistillationCallback(big(), SoftTarget)
+    assert type(pickle.loads(pickle.dumps(kd))) is Callback and len(pickle.dumps(kd)) < 200

@@ -8,7 +8,8 @@ __all__ = ['KDLoss', 'logit_rows', 'softmax_kl', 'SoftTarget', 'standardize_rows
            'FeatureLoss', 'same_size', 'unit', 'attention_map', 'Attention']
 
 # %% ../nbs/00_losses.ipynb #75ebf520
-import inspect
+from functools import lru_cache
+from inspect import signature
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
@@ -30,6 +31,12 @@ def _device_type(xs):
         if isinstance(x, Tensor): return x.device.type
     return 'cpu'
 
+# %% ../nbs/00_losses.ipynb #6f9ce089
+@lru_cache(maxsize=None)
+def _arguments(forward):
+    "Names of the arguments of method `forward`"
+    return tuple(signature(forward).parameters)[1:]
+
 # %% ../nbs/00_losses.ipynb #857f4fca
 class KDLoss(nn.Module):
     """A distillation loss: plain tensors of single precision or better, autocast off, no gradient to the teacher.
@@ -39,7 +46,7 @@ class KDLoss(nn.Module):
     paper,warmup_epochs = (0.5, 0.5),0
 
     def __call__(self, *args, **kwargs):
-        if args: kwargs = inspect.signature(self.forward).bind(*args, **kwargs).arguments
+        if args: kwargs.update(zip(_arguments(type(self).forward), args))
         kwargs = {k: _plain(v, detach=k in ('teacher_pred','fm_t')) for k,v in kwargs.items()}
         device = _device_type(kwargs.values())
         if not torch.is_autocast_enabled(device): return super().__call__(**kwargs)
@@ -65,6 +72,12 @@ def _same_classes(pred, teacher_pred):
         raise ValueError(f"The student's logits {tuple(pred.shape)} and the teacher's {tuple(teacher_pred.shape)} differ in shape: "
                          "both models must know the same classes, in the same order.")
 
+# %% ../nbs/00_losses.ipynb #06ab90a3
+def _rows(z, axis):
+    "`z` with `axis` as the last of two"
+    if axis not in (-1, z.ndim-1): z = z.movedim(axis, -1)
+    return z if z.ndim == 2 else z.reshape(-1, z.shape[-1])
+
 # %% ../nbs/00_losses.ipynb #b939313b
 def logit_rows(
     pred, # Logits of the student
@@ -77,7 +90,7 @@ def logit_rows(
 
     Raises `ValueError` where the shapes do not agree."""
     _same_classes(pred, teacher_pred)
-    s,t = (z.movedim(axis, -1).reshape(-1, z.shape[axis]) for z in (pred, teacher_pred))
+    s,t = _rows(pred, axis),_rows(teacher_pred, axis)
     if target is None or target.is_floating_point(): return s,t,None # probabilities as labels leave nothing out
     target = target.reshape(-1)
     if len(target) != len(s):
@@ -90,7 +103,7 @@ def logit_rows(
 # %% ../nbs/00_losses.ipynb #33f5bab8
 def _row_mean(x):
     "Mean of the losses `x` of rows, 0 where every row was left out"
-    return x.sum() / max(len(x), 1)
+    return x.mean() if len(x) else x.sum()
 
 # %% ../nbs/00_losses.ipynb #8d833115
 class _SoftmaxKL(torch.autograd.Function):

@@ -266,6 +266,32 @@ def test_angles_do_not_hold_all_triplets():
     with Largest() as seen: on(RKD())(s, t).backward()
     assert seen.n <= 2**20 < B**3/3
 
+def test_angles_keep_little_for_the_backward_pass():
+    B,kept = 128,{}
+    def pack(x): kept[x.untyped_storage().data_ptr()] = x.numel(); return x
+    s,t = rand(B,8).requires_grad_(), rand(B,8,seed=1)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x): angle_loss(s, t)
+    assert sum(kept.values()) < B**2
+
+def test_distances_far_from_the_origin_keep_their_digits():
+    "In single precision, embeddings whose differences are a thousandth of their length"
+    e = rand(6,8) + 1000.
+    torch.testing.assert_close(distances(e.float()).double(), distances(e), rtol=1e-3, atol=1e-3)
+    want = [[math.sqrt(dot(sub(a,b),sub(a,b))) for b in e.tolist()] for a in e.tolist()]
+    m = sum(map(sum, want))/30
+    torch.testing.assert_close(distances(e), tensor(want, dtype=torch.float64)/m, rtol=1e-9, atol=1e-9)
+
+def test_pkt_of_near_equal_neighbourhoods_keeps_its_digits():
+    "Times 30000: the plain sum in single precision is off by a part in ten, or negative"
+    t = rand(32,16); s = t + 1e-3*rand(32,16,seed=1)
+    want = on(PKT())(s, t).item()
+    assert on(PKT())(s.float(), t.float()).item() == pytest.approx(want, rel=1e-2)
+
+def test_nst_takes_the_cheaper_form():
+    for shape,largest in (((2,200,2,2), 2*200*4), ((2,4,20,20), 2*4*400)):
+        with Largest() as seen: on(NST())(rand(*shape), rand(*shape, seed=1))
+        assert seen.n <= largest
+
 def test_rkd_with_images_that_coincide():
     "Distance 0 has no direction: no gradient of the order of 1/eps"
     s,t = rand(6,4), rand(6,3,seed=1)

@@ -116,11 +116,17 @@ class LossParameters:
     def leave(self):
         "Take the parameters out again; their state is kept for the next time."
         if self.opt is None: return
-        self.states = [[store.pop(p, {}) for p in self.params] for store in self._stores(self.opt)]
+        self.states = self.kept()
+        for store in self._stores(self.opt):
+            for p in self.params: store.pop(p, None)
         ours,groups = {id(p) for p in self.params},self.opt.param_lists
         for i,ps in enumerate(groups): groups[i] = type(ps)(p for p in ps if id(p) not in ours)
         self.opt.param_lists = groups
         self.opt = None
+
+    def kept(self) -> list:
+        "The optimizer's state of each parameter."
+        return self.states if self.opt is None else [[store.get(p, {}) for p in self.params] for store in self._stores(self.opt)]
 
     @staticmethod
     def _stores(opt):
@@ -175,7 +181,7 @@ class KnowledgeDistillationCallback(Callback):
         self.schedule,self.valid = schedule,valid
         self._set_weights(weight, label_weight)
         self.values,self.curves,self.student = {},{},noop  # the last fit's: its terms now, their curves, its learner
-        self.undo,self.own,self.taps,self.unbuilt = ExitStack(),LossParameters(),None,[]
+        self.undo,self.own,self.taps,self.unbuilt,self.ended,self.loaded = ExitStack(),LossParameters(),None,[],{},None
 
     def _set_weights(self, weight, label_weight):
         n = len(self.terms)
@@ -239,7 +245,7 @@ class KnowledgeDistillationCallback(Callback):
         if any(t.features for t,_ in live): self.taps[0].__enter__()
 
     def after_pred(self):
-        if self.taps is not None: self.taps[0].__exit__()
+        if self.taps: self.taps[0].__exit__()
 
     def after_loss(self):
         "Join the terms to the learner's own loss"
@@ -282,8 +288,11 @@ class KnowledgeDistillationCallback(Callback):
                 t.pairs = matched
         if matched: print('Pairs of layers:', ', '.join(f'{s} ~ {t}' for s,t in matched))
         self.pairs = list(dict.fromkeys(p for t in features for p in t.pairs))
-        self.taps = [Taps(m, dict.fromkeys(names), whose) for m,names,whose in
-                     zip((self.model,self.teacher.model), zip(*self.pairs) if self.pairs else ((),()), ('student','teacher'))]
+        self.taps = self._taps(self.model)
+
+    def _taps(self, student):
+        "What keeps the activations of all pairs, the student's and the teacher's"
+        return [Taps(m, dict.fromkeys(names), whose) for m,names,whose in zip((student,self.teacher.model), zip(*self.pairs), ('student','teacher'))]
 
     def _distil(self, terms):
         "The values of `terms` for this batch"
@@ -321,12 +330,25 @@ class KnowledgeDistillationCallback(Callback):
     def _build(self, term, fm_s, fm_t):
         "Make the parameters of a loss from the shapes of the first batch"
         with torch.random.fork_rng(): term.loss.build(fm_s, fm_t)
+        if self.loaded: term.loss.load_state_dict(self.loaded['losses'][term.column])
         params = list(term.loss.parameters())
         if num_distrib() > 1:
             for p in params: torch.distributed.broadcast(p.data, 0)
         self.own.add(params)
-        if self.training: self.own.join(self.opt)
         self.unbuilt.remove(term)
+        if self.unbuilt: return
+        if self.loaded: self.own.states = copy.deepcopy(self.loaded['opt'])
+        if self.training: self.own.join(self.opt)
+
+    def state_dict(self) -> dict:
+        "The parameters of the losses and the optimizer's state of them, of this fit or the last one: to be saved beside a checkpoint of the student, for training to go on from."
+        if not self.own.params: return self.ended
+        losses = {t.column: t.loss.state_dict() for t in self.terms if hasattr(t.loss, 'build')}
+        return copy.deepcopy({'losses': losses, 'opt': self.own.kept()})
+
+    def load_state_dict(self, state:dict):
+        "Let the losses of the next fit go on from `state`, a `state_dict()`; otherwise they start anew in each fit."
+        self.loaded = state
 
     def before_step(self): self.own.average()
 
@@ -359,14 +381,14 @@ class KnowledgeDistillationCallback(Callback):
 
     def forget(self):
         "Drop the hooks and the activations of a batch"
-        if self.taps is None: return
-        for taps in self.taps:
+        for taps in self.taps or ():
             taps.__exit__()
             taps.forget()
 
     def close(self):
         "Take back all that a fit changed, however it ended"
         self.forget()
+        if self.own.params: self.ended,self.loaded = self.state_dict(),None
         self.own.leave()
         self.undo.close()
         self.own,self.taps,self.unbuilt,self.checked,self.warned = LossParameters(),None,[],False,False
@@ -390,7 +412,7 @@ class KnowledgeDistillationCallback(Callback):
         xb = tuple(x[:n] for x in batch[:learn.dls.n_inp])
         device = next(learn.model.parameters()).device
         xb = to_device(xb, device)
-        taps = [Taps(m, dict.fromkeys(names), whose) for m,names,whose in zip((learn.model,self.teacher.model), zip(*self.pairs), ('student','teacher'))]
+        taps = self._taps(learn.model)
         with torch.no_grad(), evaluating(learn.model), self.teacher.on(device):
             taps[0].run(*xb)
             self.teacher.run(*xb, taps=taps[1], logits=False)

@@ -96,17 +96,21 @@ class Taps:
         for n,l in self.layers.items():
             twin = next((o for o,k in self.layers.items() if o != n and k is l), None)
             if twin is not None: raise ValueError(f"Layers {n!r} and {twin!r} of the {whose} are one and the same module, so what they put out cannot be told apart; name one of them.")
-        self.hooks,self.untouched,self.once = [],set(),False
+        # a compiled forward does not see hooks that come after its compilation
+        self.compiled = any('_orig_mod' in m._modules or m._compiled_call_impl is not None for m in model.modules())
+        self.hooks,self.untouched,self.once,self.eager = [],set(),False,None
         self.forget()
 
     def __enter__(self):
         self.forget()
+        if self.compiled: self.eager = torch.compiler.set_stance('force_eager')
         self.hooks = [l.register_forward_hook(partial(self._keep, n)) for n,l in self.layers.items()]
         return self
 
     def __exit__(self, *args):
         for h in self.hooks: h.remove()
-        self.hooks = []
+        if self.eager is not None: self.eager.__exit__(*args or (None,)*3)
+        self.hooks,self.eager = [],None
 
     def forget(self):
         "Drop what was kept"

@@ -169,7 +169,8 @@ def show_attention(
             ax.imshow(img, extent=(0,w,h,0))
             ax.set(xticks=[], yticks=[])
             if c == 0: continue
-            m = maps[c-1][r].detach().cpu().as_subclass(Tensor).float() if isinstance(maps[c-1][r], Tensor) else np.asarray(maps[c-1][r])
+            m = maps[c-1][r]
+            if isinstance(m, Tensor): m = m.detach().cpu().as_subclass(Tensor).float().numpy()
             ax.imshow(m, extent=(0,w,h,0), alpha=alpha, cmap=cmap, interpolation='bilinear')
             if r == 0: ax.set_title(f'{names[c-1][0]}\n{_tail(names[c-1][1])}', fontsize=8, color='tab:blue' if c%2 else 'tab:red')
     axs[0,0].set_title('image', fontsize=8)

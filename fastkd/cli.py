@@ -8,7 +8,7 @@ from fastcore.script import anno_parser
 from . import __version__
 
 # %% auto #0
-__all__ = ['commands', 'run', 'table', 'plot', 'main']
+__all__ = ['commands', 'run', 'table', 'plot', 'models', 'main']
 
 # %% ../nbs/07_cli.ipynb #4e9360bf
 def _load(out):
@@ -28,13 +28,14 @@ def run(
     teacher_epochs:int=None, # Epochs of the teacher's training, in place of the recipe's
     device:str=None, # cpu or cuda; a GPU where there is one if left out
     data:str=None, # Folder with the data, in place of a download
-    out:str=None # Folder for teacher and results; runs/RECIPE if left out
+    out:str=None, # Folder for teacher and results; runs/RECIPE if left out
+    statistics:bool=False # Keep mean and standard deviation of each parameter and its gradient, for each epoch?
 ):
     "Train a teacher once, then the student with each method and seed; a command that was stopped goes on where it was."
-    from fastkd.compare import _split, compare
+    from fastkd.compare import compare, split_methods
     if seeds < 1: raise ValueError(f"The number of seeds must be 1 or more, not {seeds}.")
     out = out or f'runs/{recipe}'
-    compare(recipe, _split(methods, ',') if methods else None, seeds, epochs, teacher_epochs, device, data, out)
+    compare(recipe, split_methods(methods) if methods else None, seeds, epochs, teacher_epochs, device, data, out, statistics)
     print()
     table(out)
     plot(out)
@@ -53,16 +54,33 @@ def table(
 def plot(
     out:str # Folder with results
 ):
-    "Draw the results in a folder: chart.png there."
-    from fastkd.compare import chart
+    "Draw the results in a folder: chart.png (accuracies and differences) and curves.png (by epoch and time) there."
+    from fastkd.compare import chart, curves
     comparisons = _load(out)
     for i,runs in enumerate(comparisons):
-        path = Path(out)/('chart.png' if len(comparisons) == 1 else f'chart-{i+1}.png')
-        chart(runs, path=path)
-        print(f'Chart: {path}')
+        for draw in chart,curves:
+            path = Path(out)/f"{draw.__name__}{'' if len(comparisons) == 1 else f'-{i+1}'}.png"
+            draw(runs, path=path)
+            print(f'Chart: {path}')
+
+# %% ../nbs/07_cli.ipynb #2ad6a374
+def models(
+    recipe:str, # Whose teacher and student
+    data:str=None # Folder with the data, in place of a download
+):
+    "Describe a recipe's teacher and student, layer by layer, with their parameters."
+    from fastai.basics import Learner, noop
+    from fastai.callback.hook import module_summary
+    from fastai.callback.progress import ProgressCallback  # without it a `Learner` has no `no_bar`
+    from fastkd.compare import find_recipe
+    r = find_recipe(recipe)
+    dls = r.data(data).dls(r.student_fit.bs)
+    for name,model in ('teacher',r.teacher),('student',r.student):
+        learn = Learner(dls, model(), loss_func=noop)
+        with learn.no_bar(): print(f'{name}: {module_summary(learn, *dls.one_batch()[:1])}')
 
 # %% ../nbs/07_cli.ipynb #3cf96c6c
-commands = {f.__name__: f for f in (run,table,plot)}
+commands = {f.__name__: f for f in (run,table,plot,models)}
 
 def main(
     args:list=None # Arguments; those of the command line by default

@@ -18,13 +18,14 @@ from fastai.callback import schedule as _schedule
 from fastai.callback.progress import ProgressCallback
 from fastai.optimizer import Adam
 from fastprogress import progress_bar
-from . import losses as _losses
+from . import feature_losses, losses
 from .callback import KnowledgeDistillationCallback, Term
 from .recipes import Fit, MissingData, Parts, Recipe, recipes
 
 # %% auto #0
-__all__ = ['methods', 'schedules', 'describe', 'Method', 'method', 'Results', 'digest', 'circumstances', 'Clock', 'train',
-           'trained_teacher', 'compare', 'holm', 'paired', 'table', 'markdown', 'caption', 'chart']
+__all__ = ['methods', 'schedules', 'describe', 'Method', 'loss_class', 'split_methods', 'method', 'Results', 'digest',
+           'circumstances', 'Clock', 'Statistics', 'train', 'trained_teacher', 'find_recipe', 'compare', 'holm',
+           'paired', 'table', 'markdown', 'caption', 'chart', 'overtakes', 'curves']
 
 # %% ../nbs/05_compare.ipynb #6306f94b
 #: name: (class of the loss, its arguments, arguments of the callback)
@@ -34,7 +35,7 @@ methods = {
     'standardised': ('SoftTarget', dict(T=2, standardize=True), dict(weight='paper')),
     'logits': ('Logits', {}, {}),
     'mutual': ('Mutual', {}, {}),
-    'dkd': ('DecoupledKD', {}, dict(weight='paper')),
+    'dkd': ('DecoupledKD', {}, dict(weight='paper', schedule='warmup')),
     'nkd': ('NormalizedKD', {}, dict(weight='paper')),
     'dist': ('DIST', {}, dict(weight='paper')),
     'attention': ('Attention', {}, dict(weight=0.9)),
@@ -46,12 +47,12 @@ methods = {
     'pkt': ('PKT', {}, dict(weight='paper')),
     'nst': ('NST', {}, dict(weight='paper')),
     'vid': ('VID', {}, dict(weight='paper')),
-    'review': ('ReviewKD', {}, dict(weight='paper'))}
+    'review': ('ReviewKD', {}, dict(weight='paper', schedule='warmup'))}
 
-#: the schedules that a method written as text can name
+#: the schedules that a method written as text can name; 'warmup' is that of the CIFAR-100 papers, 20 of 240 epochs
 schedules = {
     'cos': _schedule.SchedCos(0, 1), 'lin': _schedule.SchedLin(0, 1), 'fade': _schedule.SchedLin(1, 0),
-    'warmup': _schedule.combine_scheds([0.1,0.9], [_schedule.SchedLin(0, 1), _schedule.SchedNo(1, 1)])}
+    'warmup': _schedule.combine_scheds([1/12,11/12], [_schedule.SchedLin(0, 1), _schedule.SchedNo(1, 1)])}
 
 _last_stage = 'Similarity','RKD','PKT'  # their papers compare the last stage alone
 
@@ -113,12 +114,20 @@ class Method:
         (a,ws),(b,vs) = self.weights(),o.weights()
         return Method(f'{self.name}+{o.name}', self.loss+o.loss, ws+vs, min(a, b), self.schedule, self.epochs)
 
-# %% ../nbs/05_compare.ipynb #3acfcf4d
-def _split(
-    text, # Methods as text
-    sep # What stands between them
+# %% ../nbs/05_compare.ipynb #8935eb2f
+def loss_class(
+    name:str # Name of a class
 ):
-    "`text` at every `sep` that is in no parentheses or brackets"
+    "The loss of that name, or `None`."
+    cls = getattr(losses, name, None) or getattr(feature_losses, name, None)
+    return cls if isinstance(cls, type) and issubclass(cls, losses.KDLoss) else None
+
+# %% ../nbs/05_compare.ipynb #3acfcf4d
+def split_methods(
+    text:str, # Methods as text
+    sep=',' # What stands between them
+) -> list:
+    "`text` cut at every `sep` that is in no parentheses."
     parts,depth = [''],0
     for c in text:
         depth += (c in '([{') - (c in ')]}')
@@ -135,7 +144,7 @@ def method(
     if not isinstance(o, str):
         if not callable(o): raise ValueError(f"A method is a name, a `Method` or a loss, but this is {o!r}.")
         return Method(getattr(o, '__name__', type(o).__name__), [o])
-    parts = _split(o, '+')
+    parts = split_methods(o, '+')
     if len(parts) > 1:
         first,*rest = [method(p) for p in parts]
         for p in rest: first = first + p
@@ -146,21 +155,21 @@ def method(
     try:
         call = ast.parse(f'f({args or ""})', mode='eval').body
         kwargs = {k.arg: k.value.id if isinstance(k.value, ast.Name) else ast.literal_eval(k.value) for k in call.keywords}
-        if call.args or None in kwargs: raise ValueError
+        if call.args or None in kwargs or not isinstance(call.func, ast.Name): raise ValueError
     except (SyntaxError, ValueError): raise ValueError(f"The arguments of {o!r} are no `name=value`, as in `soft(T=7, weight=0.7)`.") from None
     if name == 'none':
         if set(kwargs) - {'epochs'}: raise ValueError(f"`none` takes no arguments but `epochs`, not {', '.join(kwargs)}.")
         return Method(o, **kwargs)
     if name in methods: cls,loss_args,cb_args = methods[name]
-    elif isinstance(getattr(_losses, name, None), type): cls,loss_args,cb_args = name,{},{}
+    elif loss_class(name): cls,loss_args,cb_args = name,{},{}
     else:
         near = get_close_matches(name, ['none', *methods], 3, 0.4)
-        raise ValueError(f"There is no method {name!r}; {'did you mean ' + ' or '.join(near) if near else 'there are none, ' + ', '.join(methods)}?")
+        raise ValueError(f"There is no method {name!r}; " + (f"did you mean {' or '.join(near)}?" if near else f"there are none, {', '.join(methods)}."))
     cb_args = {**cb_args, **{k: kwargs.pop(k) for k in ('weight','label_weight','schedule','epochs') if k in kwargs}}
     if isinstance(sched := cb_args.get('schedule'), str):
         if sched not in schedules: raise ValueError(f"There is no schedule {sched!r}; there are {', '.join(schedules)}.")
         cb_args['schedule'] = schedules[sched]
-    try: return Method(o, [getattr(_losses, cls)(**{**loss_args, **kwargs})], **cb_args)
+    try: return Method(o, [loss_class(cls)(**{**loss_args, **kwargs})], **cb_args)
     except TypeError as e: raise ValueError(f"{o!r}: {e}.") from None
 
 # %% ../nbs/05_compare.ipynb #3f56341c
@@ -227,10 +236,24 @@ class Clock(Callback):
         self.cpu_seconds.append(round(cpu, 4))
     def after_epoch(self): self.tick()
 
+# %% ../nbs/05_compare.ipynb #bd3b32c4
+class Statistics(Callback):
+    "Keeps mean and standard deviation of every parameter and its gradient, at the last step of each epoch."
+    run_valid = False
+    def before_fit(self): self.kept = {n: {k: [] for k in ('mean','sd','gradient_mean','gradient_sd')} for n,_ in self.model.named_parameters()}
+    def before_step(self):
+        if self.iter < self.n_iter-1: return
+        for n,p in self.model.named_parameters():
+            for k,t in ('',p.detach()),('gradient_',p.grad):
+                self.kept[n][k+'mean'].append(_number(None if t is None else t.mean()))
+                self.kept[n][k+'sd'].append(_number(None if t is None else t.std(correction=0)))
+
 # %% ../nbs/05_compare.ipynb #97a8c7dc
+def _number(x): return None if x is None or not math.isfinite(x) else round(float(x), 6)
+
 def _numbers(xs):
     "`xs` as numbers of JSON, which knows no NaN"
-    return [None if x is None or not math.isfinite(x) else round(float(x), 6) for x in xs]
+    return [_number(x) for x in xs]
 
 def train(
     model:callable, # Makes the model
@@ -238,7 +261,7 @@ def train(
     fit:Fit, # How to train
     seed:int, # Of the weights, the order of the batches, dropout and augmentation
     callback=None, # The distillation
-    cbs=(), # More callbacks
+    statistics:bool=False, # Keep statistics of parameters and gradients?
     tick:callable=noop # Called after each epoch
 ) -> tuple:
     "Train one model; returns the `Learner`, and what happened as plain data."
@@ -248,7 +271,8 @@ def train(
     learn = Learner(dls, model(), CrossEntropyLossFlat(), opt_func=partial(Adam, wd=fit.wd), lr=fit.lr, metrics=accuracy, train_bn=True)
     learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, ProgressCallback)])
     learn.logger = noop
-    cbs = [clock, *cbs, *([callback] if callback else [])]
+    kept = Statistics() if statistics else None
+    cbs = [cb for cb in (clock,kept,callback) if cb]
     if fit.one_cycle: learn.fit_one_cycle(fit.epochs, fit.lr, cbs=cbs)
     else: learn.fit(fit.epochs, fit.lr, cbs=cbs)
     values = list(zip(*learn.recorder.values))
@@ -257,7 +281,8 @@ def train(
         steps = [0, *callback.curves['steps']]
         log.update({name: _numbers(float(np.mean(vs[a:b])) for a,b in zip(steps, steps[1:])) for name,vs in callback.curves['train'].items()})
     _,acc = learn.validate(ds_idx=2)
-    return learn, dict(accuracy=float(acc), parameters=sum(p.numel() for p in learn.model.parameters()), log=log, seconds=clock.seconds, cpu_seconds=clock.cpu_seconds)
+    return learn, dict(accuracy=float(acc), parameters=sum(p.numel() for p in learn.model.parameters()), log=log, seconds=clock.seconds, cpu_seconds=clock.cpu_seconds,
+        **(dict(statistics=kept.kept) if kept else {}))
 
 # %% ../nbs/05_compare.ipynb #f39c0009
 def _checksum(state):
@@ -305,6 +330,15 @@ class _Bar:
         self.n += 1
         if self.bar and (self.n % self.every == 0 or self.n == self.total): self.bar.update(self.n)
 
+# %% ../nbs/05_compare.ipynb #f3ef10f3
+def find_recipe(
+    o # A `Recipe`, or the name of one
+) -> Recipe:
+    "The recipe that is meant; raises `ValueError` where there is none of that name."
+    if isinstance(o, Recipe): return o
+    if o not in recipes: raise ValueError(f"There is no recipe {o!r}; there are {', '.join(recipes)}.")
+    return recipes[o]
+
 # %% ../nbs/05_compare.ipynb #9c23351a
 def compare(
     recipe, # A `Recipe`, or the name of one
@@ -315,12 +349,11 @@ def compare(
     device:str=None, # 'cpu', 'cuda' …; by default a GPU where there is one
     data=None, # Folder with the data, in place of a download
     out=None, # Folder where teacher and results are kept, and looked for; `runs/<recipe>` by default
+    statistics:bool=False, # Keep mean and standard deviation of each parameter and its gradient, for each epoch?
     show:bool=True # Show a progress bar?
 ) -> pd.DataFrame:
     "Train the teacher once, then the student with each method and seed; what is finished already is not run again. One row a run; see `table` and `chart`."
-    if isinstance(recipe, str):
-        if recipe not in recipes: raise ValueError(f"There is no recipe {recipe!r}; there are {', '.join(recipes)}.")
-        recipe = recipes[recipe]
+    recipe = find_recipe(recipe)
     for n in (epochs,teacher_epochs):
         if n is not None and n < 1: raise ValueError(f"The number of epochs must be 1 or more, not {n}.")
     recipe = replace(recipe, student_fit=replace(recipe.student_fit, epochs=epochs or recipe.student_fit.epochs),
@@ -333,7 +366,7 @@ def compare(
     parts = recipe.data(data)
     results = Results(Path(out or Path('runs')/recipe.name)/'results.jsonl')
     base = dict(recipe=recipe.name, data=[parts.name, *[len(p[1]) for p in (parts.train,parts.valid,parts.test)], digest(parts.test[1].tolist())], device=device.type)
-    settings = dict(base, fit=vars(recipe.teacher_fit), model=_shape(recipe.teacher), seed=0)
+    settings = dict(base, fit=vars(recipe.teacher_fit), model=_shape(recipe.teacher), augment=describe(recipe.augment), seed=0)
     n_teacher = 0 if (results.path.parent/f'teacher-{digest(settings)}.pth').exists() else recipe.teacher_fit.epochs
 
     # the teacher's weights are not known before it is trained, but its settings are: they stand for it
@@ -341,16 +374,17 @@ def compare(
     keys = {(m.name,s): digest([base, m.settings(), s]) for m in ms for s in seeds}
     done = {r['key']: r for r in results.read()}
     todo = [(m,s) for s in seeds for m in ms if keys[m.name,s] not in done]
+    if show and len(todo) < len(keys): print(f"{len(keys)-len(todo)} of {len(keys)} runs are finished already, in {results.path}" + ('.' if todo else '; remove it to run them again.'))
     if todo:
         fit_of = lambda m: replace(recipe.student_fit, epochs=m.epochs or recipe.student_fit.epochs)
         bar = _Bar(n_teacher + sum(fit_of(m).epochs for m,_ in todo), show)
         bar.name('teacher')
-        teacher,known = trained_teacher(recipe, parts.dls(recipe.teacher_fit.bs, device), settings, results.path.parent, tick=bar.tick)
+        teacher,known = trained_teacher(recipe, parts.dls(recipe.teacher_fit.bs, device, recipe.augment), settings, results.path.parent, tick=bar.tick)
         teacher.to(device)
         dls = parts.dls(recipe.student_fit.bs, device)
         for m,s in todo:
             bar.name(f'{m.name}, seed {s}')
-            _,run = train(recipe.student, dls, fit_of(m), s, m.callback(teacher, recipe.layers) if m.loss else None, tick=bar.tick)
+            _,run = train(recipe.student, dls, fit_of(m), s, m.callback(teacher, recipe.layers) if m.loss else None, statistics, bar.tick)
             run = dict(key=keys[m.name,s], comparison=digest(base), method=m.name, seed=s, **run, recipe=recipe.name, data=base['data'], device=_device_name(device),
                 settings=dict(fit=vars(fit_of(m)), method=m.settings()), layers=recipe.layers, teacher={k: known[k] for k in ('accuracy','parameters','checksum','seed')},
                 teacher_fit=vars(recipe.teacher_fit), **circumstances(), when=time.strftime('%Y-%m-%dT%H:%M:%S%z'))
@@ -405,7 +439,7 @@ def table(
     runs:pd.DataFrame, # Runs of one comparison, as `compare` returns them
     baseline:str='none' # The method that the others are compared with, over the same seeds
 ) -> pd.DataFrame:
-    """The teacher and each method: accuracy (%, mean and sd over seeds), parameters, n, paired difference to the baseline (points) with 95 % interval, p, p by Holm, and time for each epoch relative to the baseline.
+    """The teacher and each method: accuracy (%, mean and sd over seeds), parameters, n, paired difference to the baseline (points) with 95 % interval, p, p by Holm, share of the way from the baseline to the teacher (%), and time for each epoch relative to the baseline.
 
     Raises `ValueError` for runs of more than one comparison, which cannot be compared."""
     if not len(runs): raise ValueError("There are no runs to make a table of.")
@@ -420,8 +454,9 @@ def table(
         seeds = base.index.intersection(g.index)
         row['pairs'] = len(seeds)
         row['difference'],row['low'],row['high'],row['p'] = paired(100*(g.accuracy[seeds] - base.accuracy[seeds]))
+        row['closed'] = 100*row['difference']/(rows['teacher']['accuracy'] - 100*base.accuracy[seeds].mean()) if len(seeds) else np.nan
         row['time'] = np.mean([np.median(g.seconds[s])/np.median(base.seconds[s]) for s in seeds]) if len(seeds) else np.nan
-    columns = ['accuracy','sd','parameters','n','pairs','difference','low','high','p','p_holm','time']
+    columns = ['accuracy','sd','parameters','n','pairs','difference','low','high','p','p_holm','closed','time']
     df = pd.DataFrame.from_dict(rows, orient='index').reindex(columns=columns)
     df['p_holm'] = holm(df.p)
     return df
@@ -431,14 +466,14 @@ def markdown(
     table:pd.DataFrame # As `table` makes it
 ) -> str:
     "A table for people, in Markdown."
-    head = ['','accuracy, %','parameters','n','difference to the student alone','95 % interval','p (Holm)','time per epoch']
+    head = ['','accuracy, %','parameters','n','difference to the student alone','95 % interval','p (Holm)','way to the teacher','time per epoch']
     rows = []
     for name,r in table.iterrows():
         alone = r.isna()
         label = {'none': 'student alone'}.get(name, name)
         rows.append([label, f'{r.accuracy:.2f}' + ('' if alone.sd else f' ± {r.sd:.2f}'), f'{int(r.parameters):,}', f'{int(r.n)}',
             '' if alone.difference else f'{r.difference:+.2f}' + (f' ({int(r.pairs)} pairs)' if r.pairs != r.n else ''), '' if alone.low else f'{r.low:+.2f} to {r.high:+.2f}',
-            '' if alone.p_holm else f'{r.p_holm:.3f}' if r.p_holm >= 0.001 else '< 0.001', '' if alone.time else f'{r.time:.2f} x'])
+            '' if alone.p_holm else f'{r.p_holm:.3f}' if r.p_holm >= 0.001 else '< 0.001', '' if alone.closed else f'{r.closed:.0f} %', '' if alone.time else f'{r.time:.2f} x'])
     widths = [max(len(r[i]) for r in [head]+rows) for i in range(len(head))]
     line = lambda cells: '| ' + ' | '.join(c.ljust(w) if i == 0 else c.rjust(w) for i,(c,w) in enumerate(zip(cells, widths))) + ' |'
     rule = '|' + '|'.join('-'*(w+2) if i == 0 else '-'*(w+1) + ':' for i,w in enumerate(widths)) + '|'
@@ -479,6 +514,42 @@ def chart(
     a.set_ylim(len(names)-0.4, -0.6)
     a.set_xlabel('test accuracy, % (each seed, and the mean)')
     b.set_xlabel(f'difference to {"the student alone" if baseline == "none" else baseline}, points (95 % interval)')
+    for ax in (a,b): ax.spines[['top','right']].set_visible(False)
+    if path: fig.savefig(path, dpi=150)
+    return fig
+
+# %% ../nbs/05_compare.ipynb #f93f3241
+def overtakes(
+    runs:pd.DataFrame, # Runs of one comparison
+    baseline:str='none' # The method whose final validation accuracy is to be passed
+) -> pd.DataFrame:
+    "For each method, the epochs and the training time (as a share of the baseline's) after which a run has passed the baseline's final validation accuracy: means over the runs that did, `passed` of `n`."
+    base = runs[runs.method == baseline]
+    if not len(base): raise ValueError(f"There are no runs of {baseline!r} to be overtaken.")
+    goal,total,rows = np.mean([log['accuracy'][-1] for log in base.log]),np.mean([sum(s) for s in base.seconds]),{}
+    for name,g in runs[runs.method != baseline].groupby('method', sort=False):
+        first = [next((i for i,a in enumerate(log['accuracy'], 1) if a > goal), None) for log in g.log]
+        times = [sum(s[:i])/total for i,s in zip(first, g.seconds) if i]
+        rows[name] = dict(epochs=np.mean([i for i in first if i]) if times else np.nan, time=np.mean(times) if times else np.nan, passed=len(times), n=len(g))
+    return pd.DataFrame.from_dict(rows, orient='index', columns=['epochs','time','passed','n'])
+
+# %% ../nbs/05_compare.ipynb #1f6cb0cc
+def curves(
+    runs:pd.DataFrame, # Runs of one comparison
+    path=None # Where to save the chart
+):
+    "Validation accuracy, mean over seeds, by epoch and by seconds of training; returns the figure."
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(10, 3.6), layout='constrained')
+    a,b = fig.subplots(1, 2, sharey=True)
+    for name,g in runs.groupby('method', sort=False):
+        acc = 100*np.array([log['accuracy'] for log in g.log], dtype=float).mean(0)
+        a.plot(range(1, len(acc)+1), acc, label='student alone' if name == 'none' else name)
+        b.plot(np.array(g.seconds.tolist()).cumsum(1).mean(0), acc)
+    a.set_ylabel('validation accuracy, %')
+    a.set_xlabel('epoch')
+    b.set_xlabel('seconds of training')
+    a.legend(frameon=False)
     for ax in (a,b): ax.spines[['top','right']].set_visible(False)
     if path: fig.savefig(path, dpi=150)
     return fig

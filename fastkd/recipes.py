@@ -3,16 +3,21 @@
 # %% ../nbs/06_recipes.ipynb #bd45e04e
 from __future__ import annotations
 import random
+from collections import OrderedDict
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 import numpy as np, torch
+import torch.nn.functional as F
 from torch import nn
-from fastai.basics import DataLoader, DataLoaders
+from fastai.basics import DataLoader, DataLoaders, URLs, fastai_path, untar_data
+from fastai.data.transforms import get_image_files
 
 # %% auto #0
-__all__ = ['digits', 'recipes', 'Fit', 'MissingData', 'Recipe', 'ArrayLoader', 'Parts', 'stratified', 'digits_data', 'conv_block',
-           'digits_teacher', 'perceptron']
+__all__ = ['digits', 'mnist', 'cifar10', 'cifar10_tutorial', 'pets', 'pets_scratch', 'recipes', 'Fit', 'MissingData', 'Recipe',
+           'ArrayLoader', 'Parts', 'stratified', 'digits_data', 'conv_block', 'digits_teacher', 'perceptron',
+           'downloaded', 'normalise', 'mnist_data', 'cifar10_data', 'vgg', 'tutorial_net', 'pets_data', 'squares',
+           'augmented', 'pets_teacher', 'pets_student']
 
 # %% ../nbs/06_recipes.ipynb #418d77b6
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class Recipe:
     student_fit:Fit # How the student is trained, with and without a teacher
     methods:tuple=('none','soft') # The methods that are compared where none are named
     layers:tuple=None # The student's and the teacher's layers, in pairs, for losses that compare activations; `None`: `match_layers` finds them
+    augment:callable=None # Applied to the batches of inputs that the teacher trains on, before they are normalised
 
 # %% ../nbs/06_recipes.ipynb #708cd927
 class ArrayLoader(DataLoader):
@@ -50,7 +56,7 @@ class ArrayLoader(DataLoader):
         ys, # Labels `(N,)`
         bs:int=64, # Batch size
         shuffle:bool=False, # A new order in each epoch, and no incomplete batch?
-        batch_of:callable=None, # `batch_of(xs, idxs, rng)`: the inputs `idxs` as a batch; `xs[idxs]` by default
+        batch_of:callable=None, # `batch_of(xs, idxs, rng)`: the inputs `idxs` as a batch, `rng` is `None` where `shuffle` is off; `xs[idxs]` by default
         after_batch:callable=None, # Applied to the inputs of a batch on the device, e.g. to normalise and to augment
         device=None # Where the batches are wanted
     ):
@@ -64,7 +70,7 @@ class ArrayLoader(DataLoader):
         idxs = torch.tensor(self.get_idxs())
         for b in idxs.split(self.bs):
             if self.drop_last and len(b) < self.bs: return
-            x,y = self.batch_of(self.xs, b, self.rng) if self.batch_of else self.xs[b], self.ys[b]
+            x,y = self.batch_of(self.xs, b, self.rng if self.shuffle else None) if self.batch_of else self.xs[b], self.ys[b]
             if self.device is not None: x,y = x.to(self.device),y.to(self.device)
             yield self.tfm(x) if self.tfm else x, y
 
@@ -76,17 +82,18 @@ class Parts:
     train:tuple # Inputs and labels that models train on
     valid:tuple # Inputs and labels for the epoch table: to look at and to choose settings on
     test:tuple # Inputs and labels that trained no model and chose no setting
-    batch_of:callable=None # See `ArrayLoader`; called for training, and with `rng=None` otherwise
+    batch_of:callable=None # See `ArrayLoader`
     tfm:callable=None # Applied to a batch of inputs on the device
-    train_tfm:callable=None # The same in training; `tfm` by default
 
     def dls(self,
         bs:int=64, # Batch size in training
-        device='cpu' # Where the batches are wanted
+        device='cpu', # Where the batches are wanted
+        augment:callable=None # Applied to the batches of inputs in training, before `tfm`
     ) -> DataLoaders:
         "`DataLoaders` of the three parts."
         loader = partial(ArrayLoader, batch_of=self.batch_of, device=device)
-        return DataLoaders(loader(*self.train, bs=bs, shuffle=True, after_batch=self.train_tfm or self.tfm),
+        both = self.tfm if augment is None else augment if self.tfm is None else lambda x: self.tfm(augment(x))
+        return DataLoaders(loader(*self.train, bs=bs, shuffle=True, after_batch=both),
             *[loader(*part, bs=512, after_batch=self.tfm) for part in (self.valid,self.test)], device=torch.device(device))
 
 # %% ../nbs/06_recipes.ipynb #e8d63dbf
@@ -137,5 +144,189 @@ digits = Recipe('digits', "scikit-learn's handwritten digits: small CNN to 64-20
     student=partial(perceptron, 64, 20, 20, 10), student_fit=Fit(60, 1e-2, bs=32),
     methods=('none','soft(T=4)'), layers=(['4'],['3']))
 
+# %% ../nbs/06_recipes.ipynb #206a7e71
+def downloaded(
+    get:callable, # Downloads and opens the data
+    what:str, # What they are
+    folder=None # Where they were looked for; `None`: they would be downloaded
+):
+    "What `get()` returns; raises `MissingData`, with the cure, where it cannot."
+    try: return get()
+    except (OSError,RuntimeError) as e:
+        cure = f"there are none in {folder}" if folder else f"they could not be downloaded ({type(e).__name__})"
+        raise MissingData(f"{what} are needed, but {cure}: give the folder where they are with `--data` (`data=` in Python).") from None
+
+# %% ../nbs/06_recipes.ipynb #5ebe3d63
+def normalise(
+    mean, # Mean of each channel, of pixels in [0,1]
+    std # Standard deviation of each channel
+) -> callable:
+    "A function that takes a batch of images of bytes to standardised floats."
+    mean,std = [torch.as_tensor(o, dtype=torch.float32)[:,None,None] for o in (mean,std)]
+    return lambda x: (x.float()/255 - mean.to(x.device))/std.to(x.device)
+
+# %% ../nbs/06_recipes.ipynb #df0fdbdd
+def mnist_data(folder=None) -> Parts:
+    "MNIST `(1, 28, 28)` in [0,1]: 55,000 to train on, 5,000 to look at, the 10,000 test images for the table."
+    from torchvision.datasets import MNIST
+    def get():
+        if folder and not (Path(folder)/'MNIST'/'raw').is_dir(): raise FileNotFoundError
+        return [MNIST(folder or fastai_path('data'), train=o, download=True) for o in (True,False)]
+    train,test = downloaded(get, 'The MNIST digits (`MNIST/raw/train-images-idx3-ubyte.gz` …)', folder)
+    x,y = train.data[:,None],train.targets
+    valid,train = stratified(y, len(y)//12)
+    return Parts('MNIST', (x[train],y[train]), (x[valid],y[valid]), (test.data[:,None],test.targets), tfm=lambda x: x.float()/255)
+
+# %% ../nbs/06_recipes.ipynb #947a1067
+_mnist_fit = Fit(6, 1e-4, one_cycle=False, wd=0., bs=32)
+mnist = Recipe('mnist', "MNIST: 784-1200-1200-10 perceptron with dropout to 784-20-20-10", mnist_data,
+    teacher=partial(perceptron, 784, 1200, 1200, 10, dropout=0.5), teacher_fit=_mnist_fit,
+    student=partial(perceptron, 784, 20, 20, 10), student_fit=_mnist_fit,
+    methods=('none','soft(T=7,weight=0.7,epochs=5)'), layers=(['4'],['5']))
+
+# %% ../nbs/06_recipes.ipynb #93741c12
+def _pixels(file):
+    from PIL import Image
+    with Image.open(file) as im: return np.asarray(im.convert('RGB'))
+
+def cifar10_data(folder=None) -> Parts:
+    """CIFAR-10 `(3, 32, 32)`, normalised with the statistics of the training set: 45,000 to train on, 5,000 to look at, the 10,000 test images for the table.
+
+    A folder holds `train/<class>/<n>.jpg` and `test/…` (a JPEG copy, as of fastai's `URLs.CIFAR`), itself or in `cifar10/`, or torchvision's `cifar-10-batches-py/`."""
+    from torchvision.datasets import CIFAR10
+    root = Path(folder or fastai_path('data'))
+    jpegs = next((r for r in (root,root/'cifar10') if folder and (r/'train').is_dir() and (r/'test').is_dir()), None)
+    if jpegs:
+        name,sets = 'CIFAR-10 (JPEG copy)',[]
+        classes = sorted(d.name for d in (jpegs/'train').iterdir() if d.is_dir())
+        for part in 'train','test':
+            files = sorted(f for c in classes for f in (jpegs/part/c).iterdir() if f.suffix.lower() in ('.jpg','.jpeg','.png'))
+            sets.append((torch.tensor(np.stack([_pixels(f) for f in files])), torch.tensor([classes.index(f.parent.name) for f in files])))
+    else:
+        name = 'CIFAR-10'
+        get = lambda: [CIFAR10(root, train=o, download=not folder) for o in (True,False)]
+        sets = [(torch.tensor(d.data), torch.tensor(d.targets)) for d in downloaded(get, 'The CIFAR-10 images (`cifar10/train/<class>/`, or `cifar-10-batches-py`)', folder)]
+    (x,y),test = [(x.permute(0,3,1,2).contiguous(), y) for x,y in sets]
+    valid,train = stratified(y, len(y)//10)
+    of = x[train].double()/255
+    return Parts(name, (x[train],y[train]), (x[valid],y[valid]), test, tfm=normalise(of.mean((0,2,3)), of.std((0,2,3))))
+
+# %% ../nbs/06_recipes.ipynb #01811b08
+def vgg(
+    *blocks, # Channels of the 3x3 convolutions in each block; each block ends with a pooling by 2
+    hidden:int, # Units of the hidden layer
+    dropout=0., # Dropout after each block; twice that after the hidden layer
+    size:int=32 # Height and width of the images
+) -> nn.Module:
+    "A VGG-like network for ten classes: blocks `0`, `1` …, then two linear layers."
+    layers,ni = [],3
+    for block in blocks:
+        layers.append(nn.Sequential(*[conv_block(a, b) for a,b in zip((ni,*block), block)], nn.MaxPool2d(2), nn.Dropout(dropout)))
+        ni,size = block[-1],size//2
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(ni*size*size, hidden), nn.ReLU(), nn.Dropout(2*dropout), nn.Linear(hidden, 10))
+
+# %% ../nbs/06_recipes.ipynb #79d403bb
+_cifar_fit = Fit(30, 2.5e-4, one_cycle=False, wd=0.)
+cifar10 = Recipe('cifar10', "CIFAR-10: VGG-like network with dropout to a small one", cifar10_data,
+    teacher=partial(vgg, (64,64), (128,128), (256,256), hidden=512, dropout=0.25), teacher_fit=_cifar_fit,
+    student=partial(vgg, (16,), (32,), (64,), hidden=64), student_fit=_cifar_fit,
+    methods=('none','soft(T=5,weight=0.4,label_weight=0.5)'), layers=(['0','1','2'],)*2)
+
+# %% ../nbs/06_recipes.ipynb #528acc19
+def tutorial_net(
+    channels, # Channels of the 3x3 convolutions; 'M' is a pooling by 2
+    hidden:int # Units of the hidden layer
+) -> nn.Module:
+    "A network of PyTorch's tutorial on distillation: `features`, and a `classifier`."
+    features,ni = [],3
+    for c in channels:
+        features += [nn.MaxPool2d(2)] if c == 'M' else [nn.Conv2d(ni, c, 3, padding=1), nn.ReLU()]
+        if c != 'M': ni = c
+    classifier = [nn.Flatten(), nn.Linear(ni*64, hidden), nn.ReLU(), nn.Dropout(0.1), nn.Linear(hidden, 10)]
+    return nn.Sequential(OrderedDict(features=nn.Sequential(*features), classifier=nn.Sequential(*classifier)))
+
+# %% ../nbs/06_recipes.ipynb #1988b246
+_tutorial_fit = Fit(10, 1e-3, one_cycle=False, wd=0., bs=128)
+cifar10_tutorial = Recipe('cifar10-tutorial', "CIFAR-10: the deep and the light network of PyTorch's tutorial", cifar10_data,
+    teacher=partial(tutorial_net, (128,64,'M',64,32,'M'), 512), teacher_fit=_tutorial_fit,
+    student=partial(tutorial_net, (16,'M',16,'M'), 256), student_fit=_tutorial_fit,
+    methods=('none','soft(T=2,weight=0.25,label_weight=0.75)','cosine','fitnet(weight=0.25,label_weight=0.75)'), layers=(['features'],['features']))
+
+# %% ../nbs/06_recipes.ipynb #4e13aa24
+def pets_data(folder=None) -> Parts:
+    """Photographs, short side 64 pixels, of cats (their names begin with a capital) and dogs, cropped to squares: at a random place in training, else in the middle. 75 % to train on, 5 % to look at, 20 % for the table.
+
+    A folder holds the images, itself or in `images/`."""
+    if folder: root = next((r for r in (Path(folder)/'images',Path(folder)) if r.is_dir()), Path(folder))
+    else: root = downloaded(lambda: untar_data(URLs.PETS)/'images', 'The images of Oxford-IIIT Pets')
+    files = sorted(f for f in get_image_files(root) if not f.name.startswith('.'))
+    if not files: downloaded(lambda: (root/'nothing').stat(), 'Photographs of cats and dogs (`Abyssinian_1.jpg`, `beagle_1.jpg` …)', folder or root)
+    xs = [_short_side(f) for f in files]
+    y = torch.tensor([f.name[0].isupper() for f in files]).long()
+    parts = stratified(y, len(y)//5, len(y)//20)
+    test,valid,train = [([xs[i] for i in p], y[p]) for p in parts]
+    return Parts('Oxford-IIIT Pets' if not folder else f'local photographs of cats and dogs ({root.parent.name if root.name == "images" else root.name})',
+        train, valid, test, batch_of=squares, tfm=normalise((0.485,0.456,0.406), (0.229,0.224,0.225)))
+
+def _short_side(file, size=64):
+    from PIL import Image
+    with Image.open(file) as im:
+        im.draft('RGB', (2*size,2*size))
+        scale = size/min(im.size)
+        im = im.convert('RGB').resize([max(size, round(n*scale)) for n in im.size], Image.BILINEAR)
+    return torch.tensor(np.asarray(im)).permute(2,0,1)
+
+# %% ../nbs/06_recipes.ipynb #a7e3acfd
+def squares(
+    images:list, # Images `(3, h, w)`
+    idxs, # Which
+    rng=None # Where to crop: a `random.Random`, or `None` for the middle
+) -> torch.Tensor:
+    "Square crops `(B, 3, s, s)` of the images' short side, as one batch."
+    batch = []
+    for i in idxs.tolist():
+        x = images[i]
+        size = min(x.shape[1:])
+        top,left = [int((rng.random() if rng else 0.5)*(n-size+1)) for n in x.shape[1:]]
+        batch.append(x[:,top:top+size,left:left+size])
+    return torch.stack(batch)
+
+# %% ../nbs/06_recipes.ipynb #71b7c5eb
+def augmented(
+    x:torch.Tensor, # Images `(B, 3, h, w)` of bytes
+    turn=10., # Degrees
+    zoom=0.2, # Relative change of size
+    light=0.2 # Relative change of brightness
+) -> torch.Tensor:
+    "The images flipped, turned, zoomed and lit at random; one draw for each image."
+    u = lambda a: (torch.rand(len(x), device=x.device)*2-1)*a
+    angle,scale,flip = u(turn)*torch.pi/180,1+u(zoom),(torch.rand(len(x), device=x.device) < 0.5)*2.-1
+    c,s,zero = angle.cos()*scale,angle.sin()*scale,torch.zeros_like(angle)
+    theta = torch.stack([torch.stack([c*flip,-s,zero], -1), torch.stack([s*flip,c,zero], -1)], 1)
+    y = F.grid_sample(x.float(), F.affine_grid(theta, x.shape, align_corners=False), padding_mode='reflection', align_corners=False)
+    return (y*(1+u(light))[:,None,None,None]).clamp(0, 255)
+
+# %% ../nbs/06_recipes.ipynb #afced8bd
+def pets_teacher(pretrained=True) -> nn.Module:
+    "fastai's ResNet34 for two classes, as `vision_learner` makes it."
+    from fastai.vision.learner import create_vision_model
+    from torchvision.models import resnet34
+    make = lambda: create_vision_model(resnet34, 2, pretrained=pretrained)
+    try: return make()
+    except (OSError,RuntimeError) as e:
+        raise MissingData(f"The pretrained weights of ResNet34 could not be downloaded ({type(e).__name__}): the recipe `pets-scratch` does without them.") from None
+
+def pets_student() -> nn.Module:
+    "torchvision's ResNet18 for two classes, from scratch."
+    from torchvision.models import resnet18
+    return resnet18(num_classes=2)
+
+# %% ../nbs/06_recipes.ipynb #b9966d31
+pets = Recipe('pets', "Oxford-IIIT Pets, 64 px: pretrained ResNet34 to ResNet18 from scratch", pets_data,
+    teacher=pets_teacher, teacher_fit=Fit(10, 1e-3), student=pets_student, student_fit=Fit(10, 1e-3),
+    methods=('none','soft','attention'), layers=(['layer1','layer2','layer3','layer4'],['0.4','0.5','0.6','0.7']))
+pets_scratch = replace(pets, name='pets-scratch', title="Oxford-IIIT Pets, 64 px: ResNet34 to ResNet18, both from scratch",
+    teacher=partial(pets_teacher, pretrained=False), teacher_fit=Fit(45, 1e-3), augment=augmented)
+
 # %% ../nbs/06_recipes.ipynb #ab5aee74
-recipes = {r.name: r for r in (digits,)}
+recipes = {r.name: r for r in (digits,mnist,cifar10,cifar10_tutorial,pets,pets_scratch)}

@@ -1,0 +1,224 @@
+"Runs, results and statistics of a comparison"
+import json
+from functools import partial
+import numpy as np, pandas as pd, pytest, torch
+from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner
+from fastai.callback.schedule import SchedCos, combine_scheds
+from fastai.optimizer import Adam
+from fastkd.callback import KnowledgeDistillationCallback
+from fastkd.compare import (Method, Results, chart, compare, curves, describe, holm, loss_class, markdown, method, methods, overtakes, paired, table)
+from fastkd.losses import Attention, Logits, SoftTarget
+from fastkd.recipes import ArrayLoader, Fit, Parts, Recipe, perceptron
+
+def blobs(folder=None):
+    "Three overlapping clouds of points"
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(180) % 3
+    x = torch.randn(180, 2, generator=g) + torch.tensor([[0.,0.],[2.,0.],[0.,2.]])[y]
+    return Parts('blobs', (x[:60],y[:60]), (x[60:90],y[60:90]), (x[90:],y[90:]))
+
+recipe = Recipe('blobs', 'three clouds of points', blobs, teacher=partial(perceptron, 2, 16, 3), teacher_fit=Fit(2, 0.02, bs=20),
+    student=partial(perceptron, 2, 3, 3, dropout=0.1), student_fit=Fit(2, 0.02, bs=20), layers=(['2'],['2']))
+run = partial(compare, recipe, device='cpu', show=False)
+
+def comparable(runs): return runs[['method','seed','accuracy','log']].values.tolist()
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp('runs')
+    return out, run(['none','soft','fitnet'], 3, out=out)
+
+def test_one_row_for_each_run(finished):
+    _,runs = finished
+    assert runs[['method','seed']].values.tolist() == [[m,s] for m in ('none','soft','fitnet') for s in range(3)]
+
+def test_same_seed_same_numbers(finished, tmp_path):
+    "also in another order and without the other methods"
+    _,runs = finished
+    again = run(['fitnet','none'], [2,0], out=tmp_path)
+    expected = {(m,s): rest for m,s,*rest in comparable(runs)}
+    assert {(m,s): rest for m,s,*rest in comparable(again)} == {k: expected[k] for k in [(m,s) for m in ('fitnet','none') for s in (0,2)]}
+
+def test_seeds_differ(finished):
+    logs = [json.dumps(log) for log in finished[1].log]
+    assert len(set(logs)) == len(logs)
+
+def test_the_student_alone_is_that_of_plain_fastai(finished):
+    "the student alone, trained without this package: the same weights, batches and steps"
+    parts = blobs()
+    torch.manual_seed(1)
+    model = recipe.student()
+    loader = ArrayLoader(*parts.train, bs=20, shuffle=True)
+    loader.seed(1)
+    learn = Learner(DataLoaders(loader, ArrayLoader(*parts.valid)), model, CrossEntropyLossFlat(), opt_func=partial(Adam, wd=0.01))
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 0.02)
+    with torch.no_grad(): expected = (model.eval()(parts.test[0]).argmax(1) == parts.test[1]).float().mean()
+    row = finished[1].query("method == 'none' and seed == 1").iloc[0]
+    assert row.accuracy == pytest.approx(expected.item())
+    assert row.log['train_loss'] == pytest.approx([v[0] for v in learn.recorder.values], abs=1e-6)
+
+def test_the_teacher_is_trained_once_and_kept(finished):
+    out,runs = finished
+    assert len(list(out.glob('teacher-*.pth'))) == 1
+    assert len({t['checksum'] for t in runs.teacher}) == 1
+
+def test_nothing_is_run_again(finished, monkeypatch):
+    out,runs = finished
+    before = (out/'results.jsonl').read_bytes()
+    monkeypatch.setattr('fastkd.compare.train', lambda *a, **k: pytest.fail('a finished run was run again'))
+    again = run(['none','soft','fitnet'], 3, out=out)
+    assert again.when.tolist() == runs.when.tolist() and (out/'results.jsonl').read_bytes() == before
+
+def test_other_settings_are_run(finished, tmp_path):
+    ran = []
+    first = run(['soft'], 1, out=tmp_path)
+    for change in dict(methods=['soft(T=2)']), dict(methods=['soft(weight=0.4)']), dict(methods=['soft'], epochs=1), dict(methods=['soft'], seeds=[7]), dict(methods=['soft'], teacher_epochs=1):
+        runs = run(**{'seeds': 1, **change}, out=tmp_path)
+        ran += runs.key.tolist()
+    assert len({*first.key, *ran}) == 6 and len(Results(tmp_path/'results.jsonl').read()) == 6
+
+def test_a_line_cut_short_is_run_again_and_the_rest_kept(finished, tmp_path):
+    out,runs = finished
+    for f in out.glob('teacher-*'): (tmp_path/f.name).write_bytes(f.read_bytes())
+    lines = (out/'results.jsonl').read_bytes().splitlines(keepends=True)
+    (tmp_path/'results.jsonl').write_bytes(b''.join(lines[:4]) + lines[4][:40])
+    again = run(['none','soft','fitnet'], 3, out=tmp_path)
+    after = (tmp_path/'results.jsonl').read_bytes().splitlines(keepends=True)
+    assert after[:4] == lines[:4] and len(after) == 9 and comparable(again) == comparable(runs)
+    for line in after: json.loads(line)
+
+def test_a_damaged_teacher_is_refused(finished, tmp_path):
+    out,_ = finished
+    file = next(out.glob('teacher-*'))
+    kept = torch.load(file, weights_only=True)
+    next(iter(kept['state'].values()))[0] += 1
+    torch.save(kept, tmp_path/file.name)
+    with pytest.raises(ValueError, match='damaged'): run(['soft'], 1, out=tmp_path)
+    (tmp_path/file.name).write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match='delete that file'): run(['soft'], 1, out=tmp_path)
+
+def test_a_result_carries_what_reproduces_it(finished):
+    r = finished[1].iloc[5]
+    assert r.versions.keys() >= {'python','torch','fastai','fastkd'} and r.device == 'cpu' and r.seed == 2 and r.method == 'soft'
+    assert r.settings['method']['weight'] == [0.5] and r.settings['fit']['epochs'] == 2 and len(r.seconds) == 2
+    assert r.log.keys() == {'train_loss','valid_loss','accuracy','label_loss','kd_loss'}
+    assert all(np.isfinite(r.log['label_loss'] + r.log['kd_loss']))
+    assert not [line for line in finished[0].joinpath('results.jsonl').read_text().splitlines() if 'NaN' in line or str(finished[0]) in line]
+
+def test_methods_as_objects(tmp_path):
+    runs = run([Method('mine', [SoftTarget(3), Logits()], [0.2,0.1], schedule=SchedCos(0, 1)), Logits, 'none'], 1, out=tmp_path)
+    assert runs.method.tolist() == ['mine','Logits','none']
+    again = run([Method('mine', [SoftTarget(3), Logits()], [0.2,0.1], schedule=SchedCos(0, 1)), Method('none')], 1, out=tmp_path)
+    assert again.when.tolist() == runs.when[[0,2]].tolist()
+
+def test_epochs_of_a_method(tmp_path):
+    runs = run(['none','soft(epochs=1)'], 1, out=tmp_path)
+    assert [len(s) for s in runs.seconds] == [2,1]
+
+@pytest.mark.parametrize('kwargs,words', [(dict(methods=['none','none']),'once'), (dict(methods=[]),'one method or more'), (dict(seeds=0),'one seed or more'), (dict(seeds=[1,1]),'once'),
+    (dict(epochs=0),'1 or more'), (dict(device='gpu'),'no device'), (dict(methods=[3]),'a name'), (dict(methods='sofd'),'did you mean soft')])
+def test_refusals(kwargs, words, tmp_path):
+    with pytest.raises(ValueError, match=words) as e: run(**{'methods': ['none'], 'out': tmp_path, **kwargs})
+    assert '\n' not in str(e.value) and not list(tmp_path.iterdir())
+
+# methods as text
+
+def test_text_and_object_are_one():
+    cb = method('attention-paper+soft(T=3,weight=0.2)').callback(torch.nn.Identity(), (['a'],['b']))
+    assert [type(t.loss) for t in cb.terms] == [Attention,SoftTarget] and cb.weights == [1000.,0.2] and cb.label_weight == 0.8 and cb.terms[1].loss.T == 3
+    plain = KnowledgeDistillationCallback(torch.nn.Identity(), SoftTarget(T=7), weight=0.7)
+    cb = method('soft(T=7, weight=0.7)').callback(torch.nn.Identity())
+    assert (cb.weights, cb.total, cb.label_weight, cb.terms[0].loss.T) == (plain.weights, plain.total, plain.label_weight, 7)
+
+def test_a_schedule_by_name():
+    cb = method('soft(schedule=cos)').callback(torch.nn.Identity())
+    assert [cb.schedule(p) for p in (0,0.5,1)] == pytest.approx([0,0.5,1])
+    warmup = method('dkd').schedule
+    assert [warmup(p) for p in (0,1/24,1/12,1)] == pytest.approx([0,0.5,1,1], abs=1e-6)
+
+@pytest.mark.parametrize('text', ['', 'soft(', 'soft(T=)', 'soft(T=os.getcwd())', 'soft(**{})', 'soft(T=4)(T=5)', 'none(T=3)', 'soft+', 'soft(schedule=up)', 'soft(weight=-1)', 'soft(T=x)', 'os', 'nn'])
+def test_no_method(text):
+    with pytest.raises(ValueError) as e: method(text)
+    assert '\n' not in str(e.value)
+
+def test_every_named_method_can_be_made():
+    for name,(cls,_,_) in methods.items():
+        assert loss_class(cls), name
+        assert method(name).settings()['weight']
+
+def test_descriptions():
+    f = lambda k: (lambda pred, teacher_pred: k*pred.mean())
+    assert describe(f(1)) != describe(f(2)) and describe(f(1)) == describe(f(1))
+    scheds = [combine_scheds([0.5,0.5], [SchedCos(0, 1), SchedCos(1, a)]) for a in (0,0.5,0)]
+    assert describe(scheds[0]) == describe(scheds[2]) != describe(scheds[1])
+    json.dumps(describe([f(1), scheds[0], SoftTarget(), method('fitnet').loss]))
+    assert '0x' not in json.dumps(describe([f(1), partial(f, 2), scheds[0], method('vid').loss]))
+
+# statistics
+
+def made(**accuracies):
+    "Runs with given accuracies in %"
+    return pd.DataFrame([dict(key=f'{m}{s}', comparison='c', method=m, seed=s, accuracy=a/100, parameters=7, seconds=[1.,1.,2.] if m == 'none' else [3.,3.,3.],
+        log=dict(accuracy=[0.1,0.2,a/100]), teacher=dict(accuracy=0.9, parameters=70)) for m,accs in accuracies.items() for s,a in enumerate(accs)])
+
+def test_table_worked_by_hand():
+    t = table(made(none=[50.,60.,70.], a=[51.,62.,73.], b=[50.,60.]))
+    assert t.loc['none',['accuracy','sd','n']].tolist() == pytest.approx([60,10,3])
+    a = t.loc['a']
+    # differences 1, 2, 3: mean 2, sd 1, t = 2·√3, t(2 degrees, 97.5 %) = 4.30265
+    assert [a.difference, a.low, a.high, a.n, a.pairs] == pytest.approx([2, 2-4.30265/3**0.5, 2+4.30265/3**0.5, 3, 3], abs=1e-4)
+    t2 = 2*3**0.5  # the t distribution with two degrees of freedom has a closed form
+    assert a.p == pytest.approx(1 - t2/(2+t2**2)**0.5)
+    assert a.time == pytest.approx(3) and a.closed == pytest.approx(100*2/30)
+    b = t.loc['b']
+    assert [b.n, b.pairs, b.difference, b.low, b.high, b.p] == [2,2,0,0,0,1]
+    assert t.p_holm[['a','b']].tolist() == pytest.approx([min(1, 2*a.p), 1])
+    assert t.loc['teacher','accuracy'] == 90
+
+def test_only_common_seeds_are_paired():
+    runs = made(none=[50.,60.,70.], a=[51.,62.,73.])
+    t = table(runs[~((runs.method == 'none') & (runs.seed == 0))])
+    assert t.loc['a',['n','pairs','difference']].tolist() == pytest.approx([3,2,2.5])
+    assert '(2 pairs)' in markdown(t)
+
+def test_one_seed_has_no_interval():
+    t = table(made(none=[50.], a=[51.]))
+    assert t.difference['a'] == pytest.approx(1) and t[['low','high','p','p_holm']].loc['a'].isna().all()
+    assert markdown(t).count('\n') == 4
+
+def test_without_the_baseline_nothing_is_compared():
+    assert table(made(a=[50.,51.])).difference.isna().all()
+
+def test_several_comparisons_make_no_table():
+    runs = made(none=[50.], a=[51.])
+    runs['comparison'] = ['c','d']
+    with pytest.raises(ValueError, match='several comparisons'): table(runs)
+
+def test_holm():
+    # Holm's own steps: 0.01·4; max(0.04, 0.013·3); max(., 0.03·2); max(., 0.04·1)
+    assert holm([0.04,0.01,np.nan,0.03,0.013]) == pytest.approx([0.06,0.04,np.nan,0.06,0.04], nan_ok=True)
+    assert holm([0.5,0.4]).tolist() == [0.8,0.8] and holm([]).tolist() == [] and holm([0.9,0.8]).max() == 1
+
+def test_interval_covers_as_often_as_it_says():
+    g = np.random.default_rng(0)
+    inside = [low < 0.3 < high for _,low,high,_ in (paired(d) for d in g.normal(0.3, 1, (1000,5)))]
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.02)
+
+def test_markdown_is_a_table():
+    lines = markdown(table(made(none=[50.,60.], a=[51.,62.]))).splitlines()
+    assert len(lines) == 5 and len({line.count('|') for line in lines}) == 1
+    assert '+1.50' in lines[4] and '56.50 ± 7.78' in lines[4] and 'student alone' in lines[3]
+
+def test_overtaking():
+    runs = made(none=[50.], a=[60.,40.])
+    o = overtakes(runs).loc['a']
+    assert o.tolist() == [3,9/4,1,2]
+    with pytest.raises(ValueError, match='no runs'): overtakes(runs, 'b')
+
+def test_charts(finished, tmp_path):
+    for draw in chart,curves:
+        draw(finished[1], path=tmp_path/'c.png')
+        assert (tmp_path/'c.png').read_bytes()[:4] == b'\x89PNG'
+    a,b = chart(made(none=[50.,60.], a=[51.,62.])).axes
+    assert [t.get_text() for t in a.get_yticklabels()] == ['student alone','a']
+    assert sorted(a.lines[0].get_xdata()) == [50,60]

@@ -339,12 +339,12 @@ class _Anatomy:
         return last
 
     def blocks(self):
-        "The outermost layers, and in place of a stage its blocks, where they stand in a row and put out what the stage does"
+        "The outermost layers, and before a stage its blocks but the last, which the stage stands for, where they are in a row and put out the like"
         units,layers = self.units(2),dict(named_layers(self.root.layer))
         def row(r):
             parts = self.parts(r, units)
             rows = (nn.Sequential, nn.ModuleList)
-            return parts if all(p.shape == r.shape and isinstance(layers.get(p.name.rpartition('.')[0]), rows) for p in parts) else [r]
+            return [*parts[:-1], r] if all(p.shape == r.shape and isinstance(layers.get(p.name.rpartition('.')[0]), rows) for p in parts) else [r]
         return [p for r in self.outer() for p in row(r)]
 
     def activated(self, units):

@@ -1,0 +1,167 @@
+"The recipes: data without leaks, networks of the sources' sizes, settings of the sources"
+import random
+import numpy as np, pytest, torch
+from PIL import Image
+from torch import nn
+from fastkd import recipes as R
+from fastkd.compare import compare, method
+from fastkd.recipes import ArrayLoader, MissingData, recipes, stratified
+
+n_params = lambda m: sum(p.numel() for p in m.parameters())
+
+def rows(part): return {x.numpy().tobytes() for x in part[0]}
+
+def test_the_parts_of_digits_share_no_row():
+    from sklearn.datasets import load_digits
+    parts = R.digits_data()
+    sets = [rows(p) for p in (parts.train,parts.valid,parts.test)]
+    assert [len(p[1]) for p in (parts.train,parts.valid,parts.test)] == [400,397,1000]
+    assert not (sets[0] & sets[1] or sets[0] & sets[2] or sets[1] & sets[2])
+    d = load_digits()
+    label = {(im/16).astype('float32').tobytes(): t for im,t in zip(d.images, d.target)}
+    for xs,ys in (parts.train,parts.valid,parts.test): assert [label[x.numpy().tobytes()] for x in xs] == ys.tolist()
+
+def test_stratified_parts():
+    ys = np.repeat([0,1,2], [60,30,10])
+    parts = stratified(ys, 50, 20)
+    assert sorted(torch.cat(parts).tolist()) == list(range(100))
+    assert [np.bincount(ys[p]).tolist() for p in parts] == [[30,15,5],[12,6,2],[18,9,3]]
+    assert [p.tolist() for p in stratified(ys, 50, 20)] == [p.tolist() for p in parts]
+
+def test_batches():
+    xs,ys = torch.arange(10.)[:,None],torch.arange(10)
+    train,valid = ArrayLoader(xs, ys, bs=3, shuffle=True, after_batch=lambda x: x*2),ArrayLoader(xs, ys, bs=4)
+    assert [y.tolist() for _,y in valid] == [[0,1,2,3],[4,5,6,7],[8,9]]
+    train.seed(0)
+    a,b = [[y.tolist() for _,y in train] for _ in range(2)]
+    assert a != b and all(len(set(sum(o, []))) == 9 for o in (a,b)) and len(train) == 3
+    train.seed(0)
+    random.random(); torch.rand(1)
+    assert [y.tolist() for _,y in train] == a
+    assert all((x[:,0] == 2*y).all() for x,y in train)
+
+def test_batches_draw_no_random_number():
+    loader = ArrayLoader(torch.zeros(10, 1), torch.zeros(10), bs=3, shuffle=True)
+    state = torch.get_rng_state(),random.getstate()
+    for _ in loader: pass
+    assert torch.equal(torch.get_rng_state(), state[0]) and random.getstate() == state[1]
+
+def test_sizes_of_the_sources_networks():
+    assert n_params(recipes['mnist'].teacher()) == 784*1200+1200 + 1200*1200+1200 + 1200*10+10
+    assert n_params(recipes['mnist'].student()) == 784*20+20 + 20*20+20 + 20*10+10
+    assert [n_params(m()) for m in (recipes['cifar10-tutorial'].teacher,recipes['cifar10-tutorial'].student)] == [1_186_986,267_738]
+    assert n_params(recipes['digits'].student()) == 64*20+20 + 20*20+20 + 20*10+10
+    dropouts = [m.p for m in recipes['mnist'].teacher().modules() if isinstance(m, nn.Dropout)]
+    assert dropouts == [0.5,0.5] and not [m for m in recipes['mnist'].student().modules() if isinstance(m, nn.Dropout)]
+
+def test_settings_of_the_sources():
+    one = lambda name: method(recipes[name].methods[1])
+    assert (one('mnist').loss[0].T, one('mnist').weights(), one('mnist').epochs) == (7, (pytest.approx(0.3),[0.7]), 5)
+    f = recipes['mnist'].student_fit
+    assert (f.epochs, f.lr, f.one_cycle, f.wd, f.bs) == (6, 1e-4, False, 0, 32) and recipes['mnist'].teacher_fit == f
+    assert (one('cifar10').loss[0].T, one('cifar10').weights()) == (5, (0.5,[0.4])) and recipes['cifar10'].student_fit.lr == 2.5e-4
+    assert (one('cifar10-tutorial').loss[0].T, one('cifar10-tutorial').weights()) == (2, (0.75,[0.25]))
+    for m in recipes['cifar10-tutorial'].methods[2:]: assert method(m).weights() == (0.75,[0.25])
+    assert (one('pets').loss[0].T, one('pets').weights()) == (5, (0.5,[0.5]))
+    assert method(recipes['pets'].methods[2]).weights() == (pytest.approx(0.1),[0.9])
+
+@pytest.mark.filterwarnings('ignore:reduction')
+def test_cifar10s_weight_is_100_times_the_sources_mean():
+    "value and gradient, with nothing but torch on the other side"
+    g = torch.Generator().manual_seed(0)
+    for B in 1,7,64:
+        z_s,z_t = [3*torch.randn(B, 10, generator=g, dtype=torch.double) for _ in range(2)]
+        z_s.requires_grad_()
+        y = torch.randint(0, 10, (B,), generator=g)
+        source = 100*nn.KLDivLoss(reduction='mean')(torch.log_softmax(z_s/5, 1), torch.softmax(z_t/5, 1)) + 0.5*nn.CrossEntropyLoss()(z_s, y)
+        m = method(recipes['cifar10'].methods[1])
+        label,(weight,) = m.weights()
+        ours = weight*m.loss[0](z_s, z_t) + label*nn.CrossEntropyLoss()(z_s, y)
+        torch.testing.assert_close(ours, source, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(*[torch.autograd.grad(o, z_s, retain_graph=True)[0] for o in (ours,source)], rtol=1e-10, atol=1e-12)
+
+def image(path, size, seed):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size,3), dtype=np.uint8)).save(path)
+
+@pytest.fixture(scope='module')
+def cifar_folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp('data')
+    for part,n in ('train',10),('test',3):
+        for c in 'airplane','bird':
+            for i in range(n): image(root/'cifar10'/part/c/f'{i}.png', (32,32), [len(part),len(c),i])
+    return root
+
+@pytest.mark.parametrize('sub', ['', 'cifar10'])
+def test_cifar10_from_a_folder(cifar_folder, sub):
+    parts = R.cifar10_data(cifar_folder/sub)
+    assert 'JPEG copy' in parts.name and [len(p[1]) for p in (parts.train,parts.valid,parts.test)] == [18,2,6]
+    x,y = parts.train
+    assert x.dtype == torch.uint8 and x.shape == (18,3,32,32) and np.bincount(y).tolist() == [9,9]
+    first = sorted(cifar_folder.glob('cifar10/test/airplane/*'))[0]
+    assert torch.equal(parts.test[0][0], torch.tensor(np.asarray(Image.open(first))).permute(2,0,1)) and parts.test[1].tolist() == [0]*3+[1]*3
+    z = parts.tfm(x)
+    torch.testing.assert_close(z.mean((0,2,3)), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(z.std((0,2,3)), torch.ones(3), atol=1e-3, rtol=0)
+    # the test set is normalised with the numbers of the training set, which are not its own
+    mean = x.double().mean((0,2,3))/255
+    std = (x.double()/255).std((0,2,3))
+    expected = (parts.test[0].double()/255 - mean[:,None,None])/std[:,None,None]
+    torch.testing.assert_close(parts.tfm(parts.test[0]).double(), expected, atol=1e-5, rtol=1e-5)
+
+@pytest.fixture(scope='module')
+def pets_folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp('photos')
+    for i in range(20):
+        image(root/'images'/f'Bengal_{i}.png', (70+i,100), i)
+        image(root/'images'/f'beagle_{i}.png', (100,64), 100+i)
+    return root
+
+def test_pets_from_a_folder(pets_folder):
+    parts = R.pets_data(pets_folder)
+    assert [len(p[1]) for p in (parts.train,parts.valid,parts.test)] == [30,2,8] and parts.test[1].float().mean() == 0.5
+    assert all(min(x.shape[1:]) == 64 for x in parts.train[0]) and 'Oxford' not in parts.name
+    dls = parts.dls(bs=8)
+    for x,y in dls.train: assert x.shape == (8,3,64,64)
+    a,b = [torch.cat([x for x,_ in dls[2]]) for _ in range(2)]
+    assert torch.equal(a, b)   # no crop by chance outside the training
+    assert R.pets_data(pets_folder/'images').name == parts.name
+
+def test_cats_are_capitalised(pets_folder):
+    xs = {R._short_side(f).numpy().tobytes() for f in (pets_folder/'images').glob('Bengal*')}
+    parts = R.pets_data(pets_folder)
+    for images,y in (parts.train,parts.test): assert [x.numpy().tobytes() in xs for x in images] == [bool(o) for o in y]
+
+@pytest.mark.parametrize('name', ['mnist','cifar10','cifar10-tutorial','pets'])
+def test_missing_data_are_one_sentence_with_the_cure(name, tmp_path):
+    with pytest.raises(MissingData, match='--data') as e: recipes[name].data(tmp_path/'nothing')
+    assert '\n' not in str(e.value) and not list(tmp_path.iterdir())
+
+def test_a_failing_download_is_one_sentence(monkeypatch):
+    def offline(*args, **kwargs): raise OSError('no route to host')
+    monkeypatch.setattr(R, 'untar_data', offline)
+    with pytest.raises(MissingData, match='--data'): R.pets_data()
+
+def test_augmentation_keeps_shape_range_and_place():
+    torch.manual_seed(0)
+    x = torch.zeros(200, 3, 16, 16, dtype=torch.uint8)
+    x[:,:,:,:8] = 200
+    y = R.augmented(x)
+    assert y.shape == x.shape and y.min() >= 0 and y.max() <= 255
+    left = y[:,:,:,:4].mean((1,2,3)) > y[:,:,:,12:].mean((1,2,3))
+    assert 0.35 < left.float().mean() < 0.65   # half of the images are flipped
+    assert (y[:,0,8,4]-y[:,0,8,11]).abs().min() > 100   # and none is turned or moved far
+
+@pytest.mark.parametrize('name', ['cifar10','cifar10-tutorial','pets-scratch'])
+def test_teacher_and_student_put_out_the_same_classes(name):
+    r = recipes[name]
+    x = torch.zeros(2, 3, 64 if 'pets' in name else 32, 64 if 'pets' in name else 32)
+    shapes = {tuple(m().eval()(x).shape) for m in (r.teacher,r.student)}
+    assert shapes == {(2, 2 if 'pets' in name else 10)}
+    for names,m in zip(r.layers, (r.student(),r.teacher())):
+        for n in names: m.get_submodule(n)
+
+@pytest.mark.parametrize('name,methods', [('cifar10-tutorial',None), ('cifar10',['none','soft(T=5,weight=0.4,label_weight=0.5)','attention'])])
+def test_recipes_run(name, methods, cifar_folder, tmp_path):
+    runs = compare(name, methods, 1, epochs=1, teacher_epochs=1, device='cpu', data=cifar_folder, out=tmp_path, show=False)
+    assert len(runs) == len(methods or recipes[name].methods) and runs.accuracy.between(0, 1).all() and set(runs.data.str[0]) == {'CIFAR-10 (JPEG copy)'}

@@ -2,7 +2,7 @@
 
     python benchmarks/losses.py                     # ImageNet-like shapes, on the GPU if there is one
     python benchmarks/losses.py --batch 16          # a smaller machine
-    python benchmarks/losses.py --soft-only         # only SoftTarget beside the composition of torch calls
+    python benchmarks/losses.py --table soft        # only SoftTarget beside the composition of torch calls
 
 Times are the best of several rounds. All candidates take turns within a round, so that a busy machine slows all of them:
 compare the ratios, not the milliseconds of two runs. Memory is the peak above what was allocated before the call.
@@ -79,6 +79,7 @@ def all_losses(args):
     for l in (FitNet(), Cosine(), VID(), ActivationBoundaries(), ReviewKD(), ChannelWiseFeatures()):
         l.to(dev).build(fm_s, fm_t); fs[type(l).__name__] = feature(l)
     whole = best({'own': own}, args.student_rounds, dev)['own']
+    print(f'\nResNet18, forward and backward: {whole:.2f} s', flush=True)
     times = best(fs, args.rounds, dev)
     print(f'\n| loss | ms | of a ResNet18 step ({whole*1e3:.0f} ms) | memory, MB |\n|---|---:|---:|---:|')
     for k,f in fs.items(): print(f'| {k} | {times[k]*1e3:.2f} | {times[k]/whole:.2%} | {peak(f, dev)/2**20:.1f} |', flush=True)
@@ -105,12 +106,12 @@ if __name__ == '__main__':
     p.add_argument('--batch', type=int, default=64)
     p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     p.add_argument('--threads', type=int, default=1, help='CPU threads')
-    p.add_argument('--rounds', type=int, default=5)
+    p.add_argument('--rounds', type=int, default=3)
     p.add_argument('--soft-rounds', type=int, default=30)
     p.add_argument('--student-rounds', type=int, default=2)
-    p.add_argument('--soft-only', action='store_true', help='only SoftTarget beside the composition')
+    p.add_argument('--table', choices=('soft','all','both'), default='both', help='SoftTarget beside the composition, all losses beside the student, or both')
     args = p.parse_args()
     torch.set_num_threads(args.threads); torch.manual_seed(0)
     print(f'torch {torch.__version__}, {args.device}, {args.threads} CPU thread(s), batch {args.batch}')
-    soft_target(args)
-    if not args.soft_only: all_losses(args)
+    if args.table != 'all': soft_target(args)
+    if args.table != 'soft': all_losses(args)

@@ -360,7 +360,7 @@ class ChannelWiseFeatures(TrainedFeatureLoss):
     Shu et al., ICCV 2021, "Channel-wise knowledge distillation for dense prediction"."""
     paper = (1., 3.)
     def __init__(self,
-        T=4., # Temperature
+        T=4., # Temperature, or a function of training progress
         layers=None, # Pairs of layers that this loss compares, `{student: teacher}` or a list of pairs; all by default
         channel_axis=None, # Axis of the channels; `None` for 1, but the last of three (tokens)
     ):
@@ -368,5 +368,9 @@ class ChannelWiseFeatures(TrainedFeatureLoss):
         self.T = _check_T(T)
 
     def make(self, s, t): return connector(s, t, bn=False)
-    def pair_loss(self, s, t, part): return channel_kl(part(s), t, self.T)
+    def forward(self, fm_s, fm_t, pct_train=None):
+        T = _temperature(self.T, pct_train)
+        sized = [same_size(s, t) for s,t in self.built_pairs(fm_s, fm_t)]
+        return sum(channel_kl(part(s), t, T) for (s,t),part in zip(sized, self.parts))
+
     def extra_repr(self): return f'T={self.T}'

@@ -46,7 +46,7 @@ class KDLoss(nn.Module):
     paper,warmup_epochs = (0.5, 0.5),0
 
     def __call__(self, *args, **kwargs):
-        if args: kwargs.update(zip(_arguments(type(self).forward), args))
+        if args: kwargs = dict(**dict(zip(_arguments(type(self).forward)[:len(args)], args, strict=True)), **kwargs) # complains of a name given twice
         kwargs = {k: _plain(v, detach=k in ('teacher_pred','fm_t')) for k,v in kwargs.items()}
         device = _device_type(kwargs.values())
         if not torch.is_autocast_enabled(device): return super().__call__(**kwargs)

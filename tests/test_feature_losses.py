@@ -199,7 +199,7 @@ def test_teacher_gets_no_gradient(new):
 def test_protocol(new):
     "What the callback reads: the signature, `paper`, `layers`; copies and pickles, built and not"
     loss = new()
-    assert set(inspect.signature(loss.forward).parameters) == {'fm_s','fm_t'} and len(loss.paper) == 2 and loss.layers is None
+    assert {'fm_s','fm_t'} <= set(inspect.signature(loss.forward).parameters) <= {'fm_s','fm_t','pct_train'} and len(loss.paper) == 2 and loss.layers is None
     s,t = {('a','b'):rand(4,3,4,4)}, {('a','b'):rand(4,5,4,4,seed=1)}
     pickle.loads(pickle.dumps(loss)); copy.deepcopy(loss)
     want = loss(fm_s=s, fm_t=t).item()
@@ -365,6 +365,12 @@ def test_state_resumes(new):
     assert loss(S, T_).item() != other(S, T_).item()
     other = new(); other.build(S, T_); other.load_state_dict(loss.state_dict())
     assert loss.eval()(S, T_).item() == other.eval()(S, T_).item()
+
+def test_temperature_schedule_of_channel_wise_features():
+    s,t = rand(4,3,3,3), rand(4,3,3,3,seed=1)
+    loss = ChannelWiseFeatures(T=lambda p: 8-4*p)
+    assert loss({0:s}, {0:t}, pct_train=1.).item() == on(ChannelWiseFeatures(T=4))(s, t).item()
+    with pytest.raises(ValueError, match='pct_train'): loss({0:s}, {0:t})
 
 def test_connector():
     assert isinstance(connector(S[0], S[0]), nn.Identity)

@@ -270,6 +270,12 @@ def test_label_vectors_do_not_disturb():
     s,t = rand(6,5), rand(6,5,seed=1)
     assert SoftTarget()(s, t, target=F.one_hot(LABELS, 5).double(), ignore_index=-100).item() == SoftTarget()(s, t).item()
 
+def test_arguments_are_not_dropped():
+    s = rand(6,5)
+    with pytest.raises((TypeError,ValueError)): Logits()(s, s, LABELS, -1, -100, 0., 0.)
+    with pytest.raises(TypeError): SoftTarget()(s, s, pred=s)
+    with pytest.raises(TypeError): SoftTarget()(s, s, temperature=3)
+
 def test_labels_of_the_wrong_number():
     with pytest.raises(ValueError, match='one label for each position'): DecoupledKD()(rand(6,5), rand(6,5), LABELS[:4])
     with pytest.raises(ValueError, match='one label for each position'): SoftTarget()(rand(6,5), rand(6,5), target=LABELS[:4], ignore_index=-100)

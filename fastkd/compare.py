@@ -268,7 +268,7 @@ def train(
     set_seed(seed)
     for dl in dls.loaders: dl.seed(seed)
     clock = Clock(tick)
-    learn = Learner(dls, model(), CrossEntropyLossFlat(), opt_func=partial(Adam, wd=fit.wd), lr=fit.lr, metrics=accuracy, train_bn=True)
+    learn = Learner(dls, model(), CrossEntropyLossFlat(), opt_func=partial(Adam, wd=fit.wd, mom=fit.betas[0], sqr_mom=fit.betas[1], eps=fit.eps), lr=fit.lr, metrics=accuracy, train_bn=True)
     learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, ProgressCallback)])
     learn.logger = noop
     kept = Statistics() if statistics else None
@@ -441,9 +441,11 @@ def table(
 ) -> pd.DataFrame:
     """The teacher and each method: accuracy (%, mean and sd over seeds), parameters, n, paired difference to the baseline (points) with 95 % interval, p, p by Holm, share of the way from the baseline to the teacher (%), and time for each epoch relative to the baseline.
 
-    Raises `ValueError` for runs of more than one comparison, which cannot be compared."""
+    Raises `ValueError` for runs of more than one comparison, which cannot be compared, and where one name stands for several methods."""
     if not len(runs): raise ValueError("There are no runs to make a table of.")
     if runs.comparison.nunique() > 1: raise ValueError("These runs are of several comparisons (other epochs, data, teacher or device): make one table for each.")
+    for name,g in runs.groupby('method'):
+        if len({json.dumps(s, sort_keys=True) for s in g.settings}) > 1: raise ValueError(f"{name!r} names several methods of different settings here: give each a name of its own.")
     teacher = runs.teacher.iloc[0]
     rows = {'teacher': dict(accuracy=100*teacher['accuracy'], parameters=teacher['parameters'], n=1)}
     of = {name: g.drop_duplicates('seed').set_index('seed') for name,g in runs.groupby('method', sort=False)}

@@ -14,10 +14,10 @@ from fastai.basics import DataLoader, DataLoaders, URLs, fastai_path, untar_data
 from fastai.data.transforms import get_image_files
 
 # %% auto #0
-__all__ = ['digits', 'mnist', 'cifar10', 'cifar10_tutorial', 'pets', 'pets_scratch', 'recipes', 'Fit', 'MissingData', 'Recipe',
-           'ArrayLoader', 'Parts', 'stratified', 'digits_data', 'conv_block', 'digits_teacher', 'perceptron',
-           'downloaded', 'normalise', 'mnist_data', 'cifar10_data', 'vgg', 'tutorial_net', 'pets_data', 'squares',
-           'augmented', 'pets_teacher', 'pets_student']
+__all__ = ['pytorch_adam', 'digits', 'mnist', 'cifar10', 'cifar10_tutorial', 'pets', 'pets_scratch', 'recipes', 'Fit',
+           'MissingData', 'Recipe', 'ArrayLoader', 'Parts', 'stratified', 'digits_data', 'conv_block', 'digits_teacher',
+           'perceptron', 'downloaded', 'normalise', 'mnist_data', 'cifar10_data', 'vgg', 'tutorial_net', 'pets_data',
+           'squares', 'augmented', 'pets_teacher', 'pets_student']
 
 # %% ../nbs/06_recipes.ipynb #418d77b6
 @dataclass(frozen=True)
@@ -27,7 +27,12 @@ class Fit:
     lr:float # (Highest) learning rate
     one_cycle:bool=True # With the one-cycle schedule? `False`: with a constant rate
     wd:float=0.01 # Weight decay of fastai's `Adam`
+    betas:tuple=(0.9,0.99) # Its decay of the averages of gradients and of their squares
+    eps:float=1e-5 # Added to the root of the latter
     bs:int=64 # Batch size in training
+
+# %% ../nbs/06_recipes.ipynb #9fca1414
+pytorch_adam = dict(one_cycle=False, wd=0., betas=(0.9,0.999), eps=1e-8)
 
 # %% ../nbs/06_recipes.ipynb #25dd11ee
 class MissingData(Exception):
@@ -178,7 +183,7 @@ def mnist_data(folder=None) -> Parts:
     return Parts('MNIST', (x[train],y[train]), (x[valid],y[valid]), (test.data[:,None],test.targets), tfm=lambda x: x.float()/255)
 
 # %% ../nbs/06_recipes.ipynb #947a1067
-_mnist_fit = Fit(6, 1e-4, one_cycle=False, wd=0., bs=32)
+_mnist_fit = Fit(6, 1e-4, **pytorch_adam, bs=32)
 mnist = Recipe('mnist', "MNIST: 784-1200-1200-10 perceptron with dropout to 784-20-20-10", mnist_data,
     teacher=partial(perceptron, 784, 1200, 1200, 10, dropout=0.5), teacher_fit=_mnist_fit,
     student=partial(perceptron, 784, 20, 20, 10), student_fit=_mnist_fit,
@@ -226,7 +231,7 @@ def vgg(
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(ni*size*size, hidden), nn.ReLU(), nn.Dropout(2*dropout), nn.Linear(hidden, 10))
 
 # %% ../nbs/06_recipes.ipynb #79d403bb
-_cifar_fit = Fit(30, 2.5e-4, one_cycle=False, wd=0.)
+_cifar_fit = Fit(30, 2.5e-4, **pytorch_adam)
 cifar10 = Recipe('cifar10', "CIFAR-10: VGG-like network with dropout to a small one", cifar10_data,
     teacher=partial(vgg, (64,64), (128,128), (256,256), hidden=512, dropout=0.25), teacher_fit=_cifar_fit,
     student=partial(vgg, (16,), (32,), (64,), hidden=64), student_fit=_cifar_fit,
@@ -246,7 +251,7 @@ def tutorial_net(
     return nn.Sequential(OrderedDict(features=nn.Sequential(*features), classifier=nn.Sequential(*classifier)))
 
 # %% ../nbs/06_recipes.ipynb #1988b246
-_tutorial_fit = Fit(10, 1e-3, one_cycle=False, wd=0., bs=128)
+_tutorial_fit = Fit(10, 1e-3, **pytorch_adam, bs=128)
 cifar10_tutorial = Recipe('cifar10-tutorial', "CIFAR-10: the deep and the light network of PyTorch's tutorial", cifar10_data,
     teacher=partial(tutorial_net, (128,64,'M',64,32,'M'), 512), teacher_fit=_tutorial_fit,
     student=partial(tutorial_net, (16,'M',16,'M'), 256), student_fit=_tutorial_fit,

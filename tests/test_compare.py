@@ -6,9 +6,9 @@ from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner
 from fastai.callback.schedule import SchedCos, combine_scheds
 from fastai.optimizer import Adam
 from fastkd.callback import KnowledgeDistillationCallback
-from fastkd.compare import (Method, Results, chart, compare, curves, describe, holm, loss_class, markdown, method, methods, overtakes, paired, table)
+from fastkd.compare import (Method, Results, chart, compare, curves, describe, holm, loss_class, markdown, method, methods, overtakes, paired, table, train)
 from fastkd.losses import Attention, Logits, SoftTarget
-from fastkd.recipes import ArrayLoader, Fit, Parts, Recipe, perceptron
+from fastkd.recipes import ArrayLoader, Fit, Parts, Recipe, perceptron, pytorch_adam
 
 def blobs(folder=None):
     "Three overlapping clouds of points"
@@ -56,6 +56,23 @@ def test_the_student_alone_is_that_of_plain_fastai(finished):
     row = finished[1].query("method == 'none' and seed == 1").iloc[0]
     assert row.accuracy == pytest.approx(expected.item())
     assert row.log['train_loss'] == pytest.approx([v[0] for v in learn.recorder.values], abs=1e-6)
+
+def test_the_sources_optimizer_is_pytorchs():
+    "a loop of plain PyTorch, step by step"
+    parts,fit = blobs(),Fit(3, 0.02, **pytorch_adam, bs=20)
+    learn,result = train(partial(perceptron, 2, 8, 3), parts.dls(fit.bs), fit, 5)
+    torch.manual_seed(5)
+    model = perceptron(2, 8, 3)
+    opt = torch.optim.Adam(model.parameters(), 0.02)
+    loader = ArrayLoader(*parts.train, bs=20, shuffle=True)
+    loader.seed(5)
+    for _ in range(3):
+        for x,y in loader:
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            opt.step()
+            opt.zero_grad()
+    for a,b in zip(learn.model.parameters(), model.parameters()): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    with torch.no_grad(): assert result['accuracy'] == pytest.approx((model(parts.test[0]).argmax(1) == parts.test[1]).float().mean().item())
 
 def test_the_teacher_is_trained_once_and_kept(finished):
     out,runs = finished
@@ -111,6 +128,11 @@ def test_methods_as_objects(tmp_path):
     again = run([Method('mine', [SoftTarget(3), Logits()], [0.2,0.1], schedule=SchedCos(0, 1)), Method('none')], 1, out=tmp_path)
     assert again.when.tolist() == runs.when[[0,2]].tolist()
 
+def test_a_name_is_not_what_a_method_is_known_by(tmp_path):
+    a,b = [run([Method('mine', SoftTarget(T))], 1, out=tmp_path) for T in (3,4)]
+    assert a.key[0] != b.key[0]
+    with pytest.raises(ValueError, match='name of its own'): table(pd.concat([a,b]))
+
 def test_epochs_of_a_method(tmp_path):
     runs = run(['none','soft(epochs=1)'], 1, out=tmp_path)
     assert [len(s) for s in runs.seconds] == [2,1]
@@ -158,7 +180,7 @@ def test_descriptions():
 
 def made(**accuracies):
     "Runs with given accuracies in %"
-    return pd.DataFrame([dict(key=f'{m}{s}', comparison='c', method=m, seed=s, accuracy=a/100, parameters=7, seconds=[1.,1.,2.] if m == 'none' else [3.,3.,3.],
+    return pd.DataFrame([dict(key=f'{m}{s}', comparison='c', method=m, seed=s, accuracy=a/100, parameters=7, settings=m, seconds=[1.,1.,2.] if m == 'none' else [3.,3.,3.],
         log=dict(accuracy=[0.1,0.2,a/100]), teacher=dict(accuracy=0.9, parameters=70)) for m,accs in accuracies.items() for s,a in enumerate(accs)])
 
 def test_table_worked_by_hand():

@@ -58,7 +58,7 @@ def test_settings_of_the_sources():
     one = lambda name: method(recipes[name].methods[1])
     assert (one('mnist').loss[0].T, one('mnist').weights(), one('mnist').epochs) == (7, (pytest.approx(0.3),[0.7]), 5)
     f = recipes['mnist'].student_fit
-    assert (f.epochs, f.lr, f.one_cycle, f.wd, f.bs) == (6, 1e-4, False, 0, 32) and recipes['mnist'].teacher_fit == f
+    assert (f.epochs, f.lr, f.one_cycle, f.wd, f.betas, f.eps, f.bs) == (6, 1e-4, False, 0, (0.9,0.999), 1e-8, 32) and recipes['mnist'].teacher_fit == f
     assert (one('cifar10').loss[0].T, one('cifar10').weights()) == (5, (0.5,[0.4])) and recipes['cifar10'].student_fit.lr == 2.5e-4
     assert (one('cifar10-tutorial').loss[0].T, one('cifar10-tutorial').weights()) == (2, (0.75,[0.25]))
     for m in recipes['cifar10-tutorial'].methods[2:]: assert method(m).weights() == (0.75,[0.25])

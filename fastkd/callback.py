@@ -266,9 +266,13 @@ class KnowledgeDistillationCallback(Callback):
         "On the first batch: move the teacher, pair the layers, and make room for losses that will have parameters"
         student,guests = unwrap(self.model),[unwrap(m) for m in self.teacher.models]
         if any(m is student for m in guests): raise ValueError("The teacher is the student itself; give another model, or a copy of it (`copy.deepcopy`).")
-        if any(t.labels for t in self.terms) and any(isinstance(cb, MixHandler) for cb in self.learn.cbs):
+        mixed = any(isinstance(cb, MixHandler) for cb in self.learn.cbs)
+        if self.teacher.cache is not None and (mixed or any(t.features for t in self.terms)):
+            raise ValueError(f"The teacher's `cache` keeps the logits of items that stay the same: leave it out {'with inputs that are mixed' if mixed else 'for losses that compare activations'}.")
+        if mixed and any(t.labels for t in self.terms):
             raise ValueError(f"The loss {next(t.name for t in self.terms if t.labels)} needs one class label for each input, which {self.learn.cbs} mixes; leave out the mixing, or use a loss without labels such as `SoftTarget`.")
-        self.undo.enter_context(self.teacher.on(find_device(self.xb)))
+        self.teacher.begin(self.learn)
+        self.undo.enter_context(self.teacher.on(find_device(self.xb), n_items=self._n_items()))
         self.teacher.reset()
         for t in self.terms:
             if not hasattr(t.loss, 'build'): continue
@@ -350,7 +354,14 @@ class KnowledgeDistillationCallback(Callback):
         "Let the losses of the next fit go on from `state`, a `state_dict()`; otherwise they start anew in each fit."
         self.loaded = state
 
+    def _n_items(self):
+        "How many items training and validation have, where they can be counted"
+        try: return sum(len(dl.dataset) for dl in self.dls.loaders)
+        except TypeError: return None
+
     def before_step(self): self.own.average()
+    def after_step(self):
+        if self.taps is not None: self.teacher.after_step(self.learn)
 
     def after_batch(self):
         "Keep the curves; drop the activations"
@@ -393,6 +404,17 @@ class KnowledgeDistillationCallback(Callback):
         self.undo.close()
         self.own,self.taps,self.unbuilt,self.checked,self.warned = LossParameters(),None,[],False,False
 
+    def teacher_metrics(self,
+        learn:Learner=None # The student's learner; by default that of the present or last fit
+    ) -> dict:
+        "The loss and the metrics of the learner for the teacher itself, on the validation set."
+        learn = learn or self.learn or self.student()
+        if learn is None: raise ValueError("There has been no fit yet: say for which learner, `teacher_metrics(learn)`.")
+        metrics = [m for m in learn.metrics if not isinstance(m, TermMetric)]
+        guest = Learner(learn.dls, _Guest(self.teacher), loss_func=learn.loss_func, metrics=metrics)
+        with guest.no_bar(), self.teacher.on(guest.dls.device): values = guest.validate()
+        return dict(zip(['loss', *(m.name for m in metrics)], values))
+
     def plot_losses(self, **kwargs):
         "Plot the curve of each term of the last fit; `kwargs` go to `fastkd.plots.plot_losses`."
         from fastkd.plots import plot_losses
@@ -419,6 +441,14 @@ class KnowledgeDistillationCallback(Callback):
         maps = [[_plain(a[name]).pow(2).mean(1).cpu() for name in names] for a,names in zip([t.activations() for t in taps], zip(*self.pairs))]
         imgs = dl.decode(tuple(xb))[0]
         return show_attention(imgs, *maps, pairs=self.pairs, **kwargs)
+
+# %% ../nbs/03_callback.ipynb #91cd4331
+class _Guest(nn.Module):
+    "A teacher as the model of a `Learner`"
+    def __init__(self, teacher):
+        super().__init__()
+        self.teacher,self.place = teacher,nn.Parameter(torch.empty(0))  # a learner looks where its model's parameters are
+    def forward(self, *xb): return self.teacher(*xb)
 
 # %% ../nbs/03_callback.ipynb #67dbf5c1
 @contextmanager

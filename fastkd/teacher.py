@@ -4,15 +4,19 @@
 
 # %% ../nbs/02_teacher.ipynb #7ff842f3
 from __future__ import annotations
-import math
+import hashlib, math, weakref
+from copy import deepcopy
 from contextlib import contextmanager, ExitStack
 import torch
 from torch import nn, Tensor
-from fastai.basics import L, Learner, tuplify
-from .layers import evaluating, first_tensor
+from torch.optim.swa_utils import AveragedModel
+from fastai.basics import L, Learner, find_device, noop, tuplify
+from .cache import LogitsCache, row_keys
+from .layers import evaluating, first_tensor, unwrap
+from .losses import Mutual
 
 # %% auto #0
-__all__ = ['logits_of', 'Teacher', 'mean_logits']
+__all__ = ['logits_of', 'digest', 'Teacher', 'mean_logits', 'EMATeacher', 'PeerTeacher']
 
 # %% ../nbs/02_teacher.ipynb #777399e5
 def logits_of(
@@ -31,25 +35,62 @@ def _model_of(teacher):
     what = f"the class {teacher.__name__}" if isinstance(teacher, type) else f"{type(teacher).__name__} ({teacher!r})"
     raise TypeError(f"A teacher is a trained model (an `nn.Module`), a `Learner`, a callable from inputs to logits, or a list of these, but this is {what}.")
 
+# %% ../nbs/02_teacher.ipynb #4a3f5abb
+def digest(
+    models, # Modules
+    *settings # What else decides their outputs
+) -> str:
+    "A digest of the weights and buffers of `models`; another for other weights, names, or `settings`."
+    h = hashlib.sha256(repr(settings).encode())
+    for m in models:
+        if not isinstance(m, nn.Module): h.update(f'{type(m)} {id(m)}'.encode())
+        else:
+            h.update(f'{type(m).__qualname__}'.encode())
+            for name,t in m.state_dict().items():
+                if isinstance(t, Tensor): h.update(f'{name} {tuple(t.shape)} {t.dtype} {row_keys(t.reshape(1,-1)).item() if t.numel() else 0}'.encode())
+    return h.hexdigest()
+
 # %% ../nbs/02_teacher.ipynb #3205c842
 class Teacher:
-    "Run one model, or the mean of several, as a teacher."
+    """Run one model, or the mean of several, as a teacher.
+
+    `dtype` makes copies of the weights, nothing else does. Raises `TypeError` where there is no model, `ValueError` for settings that exclude each other."""
     def __init__(self,
         models, # A trained `nn.Module`, a `Learner`, a callable, or a list of these (an ensemble)
-        inputs=None # Maps the student's inputs `(*xb)` to the teacher's: another normalisation or size
+        dtype:torch.dtype=None, # Run copies of the models in `torch.bfloat16` or `torch.float16`
+        channels_last:bool=False, # Give them images in channels-last layout?
+        compile:bool=False, # Compile them? Where activations are needed they run uncompiled
+        inputs=None, # Maps the student's inputs `(*xb)` to the teacher's: another normalisation or size
+        cache=None, # Keep the logits: `True` in memory, or in the folder of this name; for data where an item always gives the same input
+        topk:int=None # With `cache`: keep the `topk` largest logits and the mass of the rest
     ):
         self.models = [_model_of(m) for m in (models if isinstance(models, (list,tuple,L)) else [models])]
         if not self.models: raise TypeError("The list of teachers is empty.")
-        self.inputs = inputs
+        self.dtype,self.channels_last,self.compile,self.inputs,self.cache = dtype,channels_last,compile,inputs,None
+        if cache: self.cache = self._new_cache(None if cache is True else cache, topk)
+        elif topk is not None: raise ValueError("`topk` says what a `cache` keeps of the logits: give a `cache` too.")
+        # within `on`: the models as they run there, how they are called, and how many items the data have
+        self.running,self.calls,self.n_items,self.seen = None,None,None,set()
+
+    def _new_cache(self, folder, topk):
+        if any(hasattr(m, 'reset') for m in self.models): raise ValueError("The teacher has a hidden state (`reset`): what it says of an input depends on those before, so it cannot be cached.")
+        if folder is not None and not all(isinstance(m, nn.Module) for m in self.models):
+            raise ValueError("A cache in a folder knows its teacher by its weights, which a function does not show: use `cache=True`, or an `nn.Module`.")
+        return LogitsCache(folder, topk)
 
     @property
     def model(self):
-        "The first model, the one whose activations are compared"
-        return self.models[0]
+        "The first model, the one whose activations are compared; within `on`, as it runs there"
+        return (self.running or self.models)[0]
 
     def inputs_of(self, *xb) -> tuple:
         "The teacher's inputs for the student's"
-        return xb if self.inputs is None else tuplify(self.inputs(*xb))
+        xb = xb if self.inputs is None else tuplify(self.inputs(*xb))
+        return tuple(self._formatted(x) for x in xb) if self.dtype or self.channels_last else xb
+
+    def _formatted(self, x):
+        if not isinstance(x, Tensor) or not x.is_floating_point(): return x
+        return x.to(self.dtype or x.dtype, memory_format=torch.channels_last if self.channels_last and x.ndim == 4 else torch.preserve_format)
 
     @torch.no_grad()
     def run(self,
@@ -58,37 +99,73 @@ class Teacher:
         logits:bool=True # Are the logits needed? Otherwise the forward may end after the last layer in `taps`
     ) -> list:
         "The logits of each model, in its own shape; without `logits` an empty list."
-        xb = self.inputs_of(*xb)
-        with ExitStack() as modes:
-            for m in self.models: modes.enter_context(evaluating(m))
-            first = self.model(*xb) if taps is None else taps.run(*xb, stop=not logits)
-            return [logits_of(first)] + [logits_of(m(*xb)) for m in self.models[1:]] if logits else []
+        with ExitStack() as stack:
+            if self.running is None: stack.enter_context(self.on())
+            xb = self.inputs_of(*xb)
+            if self.cache is not None and taps is None: return self._cached(*xb)
+            return self._forward(*xb, taps=taps, logits=logits)
 
     def __call__(self, *xb) -> Tensor:
         "The logits for the inputs `xb`; of an ensemble those of the mean probabilities."
         return mean_logits(self.run(*xb))
 
+    def _forward(self, *xb, taps=None, logits=True):
+        with ExitStack() as modes:
+            for m in self.running: modes.enter_context(evaluating(m))
+            if self.dtype is not None: modes.enter_context(torch.autocast(find_device(xb).type, enabled=False))  # the student's
+            if taps is None: return [logits_of(m(*xb)) for m in self.calls]
+            first = taps.run(*xb, stop=not logits)
+            return [logits_of(first)] + [logits_of(m(*xb)) for m in self.calls[1:]] if logits else []
+
+    def _cached(self, *xb):
+        "The logits from the cache; the models run on inputs that are new to it"
+        keys = row_keys(*xb).tolist()
+        if self.n_items is not None:
+            self.seen.update(keys)
+            if len(self.seen) > self.n_items:
+                raise ValueError(f"The teacher has been shown more different inputs than there are items in the data ({self.n_items}), so an item does not always give the same input, and its logits "
+                    "cannot be kept. Leave out what is random (augmentation, MixUp; and `Resize`, which crops at random in training: `Resize(size, method='squish')` does not), or the cache.")
+        new = self.cache.missing(keys)
+        if new:
+            z = self._forward(*(xb if len(new) == len(keys) else [x[new] for x in xb]))
+            self.cache.put([keys[i] for i in new], torch.stack(z, 1))
+        return list(self.cache.get(keys).to(find_device(xb)).unbind(1))
+
+    def begin(self, learn):
+        "Called at the start of a distillation in `learn`; nothing to do for a teacher that is already trained."
+
+    def after_step(self, learn):
+        "Called after each step of the student's optimizer; nothing to do for a teacher that stays as it is."
+
     def reset(self):
         "Forget the hidden state of recurrent models, as fastai's `ModelResetter` does for the student"
-        for m in self.models:
+        for m in self.running or self.models:
             if hasattr(m, 'reset'): m.reset()
 
     @contextmanager
     def on(self,
-        device # Where the student's inputs are
+        device=None, # Where the student's inputs are; `None` to leave the models where they are
+        n_items:int=None # How many items the data have: a cache then refuses data that are different each time
     ):
-        "Within the block the models are on `device`; afterwards each is back where it was. A model spread over several devices stays as it is."
-        device,moved = torch.device(device),[]
+        "Within the block the models are ready to run on `device`; afterwards each is back where it was. A model spread over several devices stays as it is."
+        moved = []
         try:
-            for m in self.models:
-                homes = {t.device for t in (*m.parameters(), *m.buffers())} if isinstance(m, nn.Module) else set()
-                if len(homes) == 1 and homes != {device}:
-                    moved.append((m, *homes))
-                    m.to(device)
-            yield
+            if self.dtype is not None: self.running = [deepcopy(m).to(device, self.dtype) if isinstance(m, nn.Module) else m for m in self.models]
+            else:
+                self.running = self.models
+                for m in self.models:
+                    homes = {t.device for t in (*m.parameters(), *m.buffers())} if isinstance(m, nn.Module) and device is not None else set()
+                    if len(homes) == 1 and homes != {torch.device(device)}:
+                        moved.append((m, *homes))
+                        m.to(device)
+            self.calls = [torch.compile(m) for m in self.running] if self.compile else self.running
+            if self.cache is not None: self.cache.open(digest(self.models, self.dtype, self.cache.topk))
+            self.n_items,self.seen = n_items,set()
+            yield self
         finally:
-            for m,home in moved: m.to(home)
             self.reset()
+            for m,home in moved: m.to(home)
+            self.running = self.calls = self.n_items = None
 
 # %% ../nbs/02_teacher.ipynb #67f1d265
 def mean_logits(
@@ -103,3 +180,70 @@ def mean_logits(
     # axis counts in one model's logits: the stacked dimension stands before it
     log_p = (z/T).log_softmax(axis if axis < 0 else axis+1)
     return T*(log_p.logsumexp(0) - math.log(len(logits)))
+
+# %% ../nbs/02_teacher.ipynb #24ecdc94
+class EMATeacher(Teacher):
+    """The moving average of the student's own weights, as its teacher; it is made at the start of a fit and goes on in the next one of the same model.
+
+    The decay in step `n` is `min(decay, (1+n)/(10+n))`. Tarvainen & Valpola, NeurIPS 2017."""
+    def __init__(self,
+        decay:float=0.999, # How much of the average stays at each step
+        **kwargs # `dtype`, `channels_last`, ... as for `Teacher`
+    ):
+        if not 0 <= decay < 1: raise ValueError(f"The decay is a number from 0 up to but not 1, not {decay}.")
+        if kwargs.get('cache'): raise ValueError("An average that moves says something else at each step: it cannot be cached.")
+        super().__init__([noop], **kwargs)
+        self.decay,self.average,self.student = decay,None,None
+
+    def begin(self, learn):
+        student = unwrap(learn.model)
+        if self.student is not None and self.student() is student: return
+        self.student = weakref.ref(student)
+        self.average = AveragedModel(student, multi_avg_fn=self._average, use_buffers=True)
+        self.average.update_parameters(student)
+        self.models = [self.average.module]
+
+    def after_step(self, learn): self.average.update_parameters(unwrap(learn.model))
+
+    @torch.no_grad()
+    def _average(self, averages, values, n):
+        if not averages[0].is_floating_point(): return [a.copy_(v) for a,v in zip(averages, values)]
+        decay = min(self.decay, (1+float(n))/(10+float(n)))
+        torch._foreach_lerp_(averages, values, 1-decay)
+
+# %% ../nbs/02_teacher.ipynb #d0811e60
+class PeerTeacher(Teacher):
+    """Another student, which learns from this one while it teaches it (deep mutual learning): both match the other's predictions of the same step.
+
+    Zhang et al., CVPR 2018. Raises `TypeError` for anything but a `Learner`."""
+    def __init__(self,
+        peer:Learner, # The other student
+        loss=None, # What it learns from the first one's predictions; `Mutual()` by default
+        weight:float=1., # Weight of that term
+        label_weight:float=1. # Weight of its own loss
+    ):
+        if not isinstance(peer, Learner): raise TypeError(f"A peer is a `Learner`, for it trains too, but this is {type(peer).__name__}.")
+        super().__init__(peer)
+        self.peer,self.loss,self.weight,self.label_weight,self.pred = peer,loss or Mutual(),weight,label_weight,None
+
+    def begin(self, learn):
+        if self.peer.opt is None: self.peer.create_opt()
+        self.peer.model.to(find_device(learn.xb))
+
+    def run(self, *xb, taps=None, logits=True):
+        "The peer's logits: in training those of its own training step, in validation those of eval mode."
+        if not self.training or taps is not None: return super().run(*xb, taps=taps, logits=logits)
+        with torch.enable_grad(): self.pred = logits_of(self.peer.model.train()(*xb))
+        return [self.pred.detach()]
+
+    @property
+    def training(self): return torch.is_grad_enabled()  # fastai validates without
+
+    def after_step(self, learn):
+        "The peer's own step"
+        if self.pred is None: return
+        loss = self.label_weight*learn.loss_func(self.pred, *learn.yb) + self.weight*self.loss(pred=self.pred, teacher_pred=logits_of(learn.pred).detach())
+        for h in self.peer.opt.hypers: h.update({k: v for k,v in learn.opt.hypers[-1].items() if k in h})
+        loss.backward()
+        self.peer.opt.step(); self.peer.opt.zero_grad()
+        self.pred = None

@@ -17,7 +17,7 @@ def batches(n=24, n_valid=16, bs=8, classes=3, shape=(1,8,8), dtype=None, seed=0
         y = torch.randint(classes, (n,), generator=g)
         x = torch.randn(n, *shape, generator=g, dtype=dtype) + y.to(dtype).reshape(-1, *[1]*len(shape))
         return list(zip(x, y))
-    dls = DataLoaders.from_dsets(items(n), items(n_valid), bs=bs, num_workers=0, shuffle=shuffle, device='cpu')
+    dls = DataLoaders.from_dsets(items(n), items(n_valid), bs=bs, num_workers=0, shuffle=(shuffle, False), device='cpu')
     return dls
 
 def net(width=4, classes=3, seed=None, dropout=0.):

@@ -1,0 +1,247 @@
+"How a teacher is run: precision, cache, teachers that move"
+import math, subprocess, sys, time
+from pathlib import Path
+import pytest, torch
+import torch.nn.functional as F
+from torch import nn
+from fastai.basics import DataLoader, DataLoaders, Callback, CrossEntropyLossFlat, accuracy
+from fastai.callback.mixup import MixUp
+from fastkd.all import *
+from fastkd.cache import LogitsCache
+from conftest import batches, hooks, learner, net, same, weights
+
+class Counting(nn.Module):
+    "A teacher that counts the rows it is run on"
+    def __init__(self, seed=7): super().__init__(); self.net,self.rows = net(width=6, seed=seed),0
+    def forward(self, x): self.rows += len(x); return self.net(x)
+
+def fitted(teacher, dls=None, epochs=3, cbs=(), loss=SoftTarget):
+    if loss is Attention: loss = Attention(layers={'conv2':'net.conv2'})
+    learn = learner(dls or batches(shuffle=False), net(seed=1))
+    kd = KnowledgeDistillationCallback(teacher, loss)
+    learn.fit(epochs, cbs=[kd, *cbs])
+    return weights(learn.model),kd
+
+def close(a, b, **tol):
+    for k in a: assert torch.allclose(a[k], b[k], **(tol or dict(rtol=1e-4, atol=1e-6))), k
+
+# --- the cache
+
+class Watch(Callback):
+    "Compares what the teacher says in every batch with what it says when it is asked directly"
+    order = -2
+    def __init__(self, teacher, model): self.teacher,self.model_,self.worst = teacher,model,0.
+    def after_loss(self):
+        with torch.no_grad(): z = self.model_.eval()(self.x)
+        self.worst = max(self.worst, (self.teacher.run(*self.xb)[0] - z).abs().max().item())
+
+def loaders():
+    g = torch.Generator().manual_seed(0)
+    items = [(torch.randn(1,8,8, generator=g), torch.tensor(i%3)) for i in range(50)]
+    train,valid = items[:30],items[30:]
+    kw = dict(bs=8, device='cpu')
+    yield 'shuffled', DataLoader(train, shuffle=True, num_workers=0, **kw),DataLoader(valid, num_workers=0, **kw)
+    yield 'workers', DataLoader(train, shuffle=True, num_workers=2, **kw),DataLoader(valid, num_workers=2, **kw)
+    yield 'drop_last', DataLoader(train, shuffle=True, drop_last=True, num_workers=0, **kw),DataLoader(valid, num_workers=0, **kw)
+    yield 'batch of 1', DataLoader(train, shuffle=True, bs=1, num_workers=0, device='cpu'),DataLoader(valid, num_workers=0, **kw)
+    yield 'weighted', Weighted(train, num_workers=0, **kw),DataLoader(valid, num_workers=0, **kw)
+    yield "PyTorch's", torch.utils.data.DataLoader(train, batch_size=8, shuffle=True),torch.utils.data.DataLoader(valid, batch_size=8)
+
+class Weighted(DataLoader):
+    "Draws with replacement"
+    def get_idxs(self): return torch.randint(len(self.dataset), (len(self.dataset),)).tolist()
+
+@pytest.mark.parametrize('place', ['memory','folder'])
+@pytest.mark.parametrize('name,train,valid', loaders(), ids=lambda o: o if isinstance(o, str) else '')
+def test_cached_logits_belong_to_their_inputs(tmp_path, name, train, valid, place):
+    model = Counting()
+    teacher = Teacher(model, cache=True if place == 'memory' else tmp_path/'logits')
+    watch = Watch(teacher, model.net)
+    learn = learner(DataLoaders(train, valid, device='cpu'), net(seed=1))
+    kd = KnowledgeDistillationCallback(teacher, SoftTarget)
+    model.rows = 0
+    learn.add_cb(kd)
+    learn.fit(4, cbs=watch)
+    assert watch.worst < 1e-5
+    assert 24 < len(teacher.cache) <= 50
+    if name != 'weighted': assert model.rows == len(teacher.cache)  # each item once, in four epochs
+
+def test_a_cached_fit_is_the_uncached_fit():
+    plain,kd = fitted(Counting())
+    cached,kd_c = fitted(Teacher(Counting(), cache=True))
+    close(plain, cached)
+    assert kd_c.curves['train']['kd_loss'] == pytest.approx(kd.curves['train']['kd_loss'], rel=1e-4)
+
+def test_a_folder_serves_later_runs_and_other_batch_sizes(tmp_path):
+    first = Counting()
+    fitted(Teacher(first, cache=tmp_path/'z'))
+    assert first.rows == 24+16
+    again = Counting()
+    fitted(Teacher(again, cache=tmp_path/'z'), batches(bs=5, shuffle=True))
+    assert again.rows == 0
+
+def test_a_folder_refuses_another_teacher(tmp_path):
+    fitted(Teacher(Counting(), cache=tmp_path/'z'))
+    with pytest.raises(ValueError, match="another teacher's"): fitted(Teacher(Counting(seed=8), cache=tmp_path/'z'))
+    with pytest.raises(ValueError, match="another teacher's"): fitted(Teacher(Counting(), dtype=torch.bfloat16, cache=tmp_path/'z'))
+    with pytest.raises(ValueError, match="another teacher's"): fitted(Teacher(Counting(), cache=tmp_path/'z', topk=2))
+
+def test_memory_forgets_a_teacher_that_was_trained_on():
+    model = Counting()
+    teacher = Teacher(model, cache=True)
+    fitted(teacher)
+    with torch.no_grad(): model.net.fc.bias += 1.
+    n = model.rows
+    fitted(teacher)
+    assert model.rows == n + 40
+
+def test_changed_data_are_asked_anew(tmp_path):
+    model = Counting()
+    fitted(Teacher(model, cache=tmp_path/'z'))
+    dls = batches(shuffle=False)
+    x,y = dls.train_ds[3]
+    x += 1.
+    model.rows = 0
+    teacher = Teacher(model, cache=tmp_path/'z')
+    watch = Watch(teacher, model.net)
+    fitted(teacher, dls, cbs=[watch])
+    assert model.rows == 1 and watch.worst < 1e-5
+
+def test_random_inputs_are_refused():
+    class Noise(Callback):
+        order = -5
+        def before_batch(self): self.learn.xb = (self.x + torch.randn_like(self.x)*.1,)
+    with pytest.raises(ValueError, match='squish'): fitted(Teacher(Counting(), cache=True), cbs=[Noise()])
+    with pytest.raises(ValueError, match='mixed'): fitted(Teacher(Counting(), cache=True), cbs=[MixUp()])
+
+def test_activations_are_refused():
+    with pytest.raises(ValueError, match='activations'): fitted(Teacher(Counting(), cache=True), loss=Attention)
+
+def test_a_stateful_teacher_is_refused():
+    class Stateful(nn.Module):
+        def reset(self): pass
+    with pytest.raises(ValueError, match='hidden state'): Teacher(Stateful(), cache=True)
+
+def test_every_loss_on_logits_works_from_the_cache():
+    for loss in (SoftTarget, Logits, Mutual, DecoupledKD, NormalizedKD, DIST):
+        plain,_ = fitted(Counting(), loss=loss); cached,_ = fitted(Teacher(Counting(), cache=True), loss=loss)
+        close(plain, cached, rtol=1e-3, atol=1e-5)
+
+def test_an_ensemble_from_the_cache():
+    a,b = Counting(7),Counting(8)
+    plain,_ = fitted([a,b]); cached,_ = fitted(Teacher([a,b], cache=True))
+    close(plain, cached)
+
+def test_a_killed_writer_loses_at_most_its_last_row(tmp_path):
+    "A process is killed while it writes; what it wrote before is right, and the next one goes on"
+    code = f"""
+import torch, sys
+from fastkd.cache import LogitsCache, row_keys
+cache = LogitsCache({str(tmp_path/'z')!r}); cache.open('a teacher')
+g = torch.Generator().manual_seed(0)
+for i in range(10**6):
+    x = torch.randn(16, 500, generator=g)
+    cache.put(row_keys(x).tolist(), x)
+    if i == 20: print('going', flush=True)
+"""
+    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], stdout=subprocess.PIPE, text=True)
+    assert p.stdout.readline().strip() == 'going'
+    time.sleep(.2); p.kill(); p.wait()
+    cache = LogitsCache(tmp_path/'z'); cache.open('a teacher')
+    assert len(cache) >= 16*20
+    g = torch.Generator().manual_seed(0)
+    from fastkd.cache import row_keys
+    found = 0
+    while found < len(cache):
+        x = torch.randn(16, 500, generator=g); keys = row_keys(x).tolist()
+        have = [i for i in range(16) if keys[i] in cache.index]
+        assert have and torch.equal(cache.get([keys[i] for i in have]), x[have])
+        found += len(have)
+
+def test_two_processes_share_a_folder(tmp_path):
+    a,b = LogitsCache(tmp_path/'z'),LogitsCache(tmp_path/'z')
+    a.open('t'); b.open('t')
+    x = torch.randn(8,3)
+    a.put([1,2,3], x[:3]); b.put([3,4], x[2:4])
+    c = LogitsCache(tmp_path/'z'); c.open('t')
+    assert torch.equal(c.get([4,3,2,1]), x[:4].flip(0))
+
+# --- precision
+
+@pytest.mark.parametrize('kwargs,tol', [(dict(dtype=torch.bfloat16), .05), (dict(channels_last=True), 1e-5), (dict(dtype=torch.bfloat16, channels_last=True), .05)], ids=str)
+@pytest.mark.parametrize('loss', [SoftTarget, Attention])
+def test_precision_and_layout(kwargs, tol, loss):
+    model = Counting()
+    before = weights(model)
+    _,exact = fitted(model, loss=loss)
+    _,kd = fitted(Teacher(model, **kwargs), loss=loss)
+    assert kd.curves['train']['kd_loss'] == pytest.approx(exact.curves['train']['kd_loss'], rel=tol)
+    assert same(before, weights(model)) and all(p.dtype == torch.float32 and p.is_contiguous() for p in model.parameters())
+
+def test_the_students_autocast_leaves_a_teacher_with_its_own_dtype_alone():
+    seen = []
+    model = net(width=6); model.fc.register_forward_hook(lambda m,i,o: seen.append(o.dtype))
+    with torch.autocast('cpu', dtype=torch.float16): Teacher(model, dtype=torch.bfloat16)(torch.randn(2,1,8,8))
+    assert seen == [torch.bfloat16]
+
+# --- is the teacher any good?
+
+def test_teacher_metrics():
+    dls = batches(shuffle=False)
+    learn = learner(dls, metrics=accuracy)
+    model = net(width=6, seed=7).train()
+    kd = KnowledgeDistillationCallback(model, SoftTarget)
+    x,y = map(torch.stack, zip(*dls.valid_ds))
+    with torch.no_grad(): z = model.eval()(x)
+    model.train()
+    expected = {'loss': F.cross_entropy(z, y).item(), 'accuracy': (z.argmax(1) == y).float().mean().item()}
+    assert kd.teacher_metrics(learn) == pytest.approx(expected, rel=1e-5) and model.training
+    with pytest.raises(ValueError, match='fit'): kd.teacher_metrics()
+    learn.fit(1, cbs=kd)
+    assert kd.teacher_metrics() == pytest.approx(expected, rel=1e-5)
+
+# --- teachers that move
+
+def test_ema_teacher_is_the_moving_average(tmp_path):
+    history = []
+    class Keep(Callback):
+        order = -5
+        def before_fit(self): history.append(weights(self.model))
+        def after_step(self): history.append(weights(self.model))
+    learn,ema = learner(batches(shuffle=False), net(seed=1)),EMATeacher(decay=.6)
+    learn.fit(2, cbs=[KnowledgeDistillationCallback(ema, SoftTarget), Keep()])
+    average = {k: v.double() for k,v in history[0].items()}
+    for n,w in enumerate(history[1:], 1):
+        d = min(.6, (1+n)/(10+n))
+        for k in average: average[k] = d*average[k] + (1-d)*w[k].double() if w[k].is_floating_point() else w[k].double()
+    for k,v in ema.model.state_dict().items(): assert torch.allclose(v.double(), average[k], rtol=1e-4, atol=1e-6), k
+    before = len(history)
+    learn.fit(1, cbs=KnowledgeDistillationCallback(ema, SoftTarget))
+    assert unwrap(learn.model) is not ema.model and before
+
+def test_ema_teacher_refuses_a_cache():
+    with pytest.raises(ValueError, match='cached'): EMATeacher(cache=True)
+    with pytest.raises(ValueError, match='decay'): EMATeacher(decay=1.)
+
+def test_mutual_learning_as_by_hand():
+    dls = batches(shuffle=False)
+    a,b,A,B = net(seed=1),net(width=5, seed=2),net(seed=1).train(),net(width=5, seed=2).train()
+    learn,peer = learner(dls, a),learner(dls, b)
+    learn.fit(1, cbs=KnowledgeDistillationCallback(PeerTeacher(peer), Mutual, weight='paper'))
+    kl = lambda s,t: F.kl_div(F.log_softmax(s,1), F.softmax(t.detach(),1), reduction='batchmean')
+    for x,y in dls.train:
+        za,zb = A(x),B(x)
+        la,lb = F.cross_entropy(za,y) + kl(za,zb),F.cross_entropy(zb,y) + kl(zb,za)
+        for m,l in ((A,la),(B,lb)): m.zero_grad(); l.backward()
+        with torch.no_grad():
+            for p in [*A.parameters(), *B.parameters()]: p -= .1*p.grad
+    close(weights(A), weights(a)); close(weights(B), weights(b))
+
+def test_peers_are_saved_on_their_own(tmp_path):
+    dls = batches(shuffle=False)
+    learn,peer = learner(dls, net(seed=1), path=tmp_path),learner(dls, net(width=5, seed=2), path=tmp_path)
+    learn.fit(2, cbs=KnowledgeDistillationCallback(PeerTeacher(peer), Mutual, weight='paper'))
+    learn.save('a'); peer.save('b')
+    assert torch.load(tmp_path/'models'/'b.pth', weights_only=False)['model'].keys() == peer.model.state_dict().keys()
+    assert not hooks(learn.model, peer.model) and peer.validate() and learn.validate()
+    with pytest.raises(TypeError, match='Learner'): PeerTeacher(net())

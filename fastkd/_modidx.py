@@ -299,6 +299,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'fastkd.layers._by_depth': ('layers.html#_by_depth', 'fastkd/layers.py'),
                                'fastkd.layers._by_stride': ('layers.html#_by_stride', 'fastkd/layers.py'),
                                'fastkd.layers._centred_gram': ('layers.html#_centred_gram', 'fastkd/layers.py'),
+                               'fastkd.layers._compiled': ('layers.html#_compiled', 'fastkd/layers.py'),
                                'fastkd.layers._evenly': ('layers.html#_evenly', 'fastkd/layers.py'),
                                'fastkd.layers._grams': ('layers.html#_grams', 'fastkd/layers.py'),
                                'fastkd.layers._rewound': ('layers.html#_rewound', 'fastkd/layers.py'),

@@ -80,6 +80,12 @@ def first_tensor(
     if isinstance(output, dict): output = tuple(output.values())
     return next((t for t in map(first_tensor, output) if t is not None), None) if isinstance(output, (tuple,list)) else None
 
+# %% ../nbs/01_layers.ipynb #4b267c77
+def _compiled(model):
+    "Is `torch.compile` in `model`? Compiled code does not see hooks that come after its compilation."
+    modules = (model.model if isinstance(model, Learner) else model).modules()
+    return any('_orig_mod' in m._modules or m._compiled_call_impl is not None for m in modules)
+
 # %% ../nbs/01_layers.ipynb #ff989ff8
 class _Stop(BaseException): "Ends a forward of which nothing more is needed"
 
@@ -96,9 +102,7 @@ class Taps:
         for n,l in self.layers.items():
             twin = next((o for o,k in self.layers.items() if o != n and k is l), None)
             if twin is not None: raise ValueError(f"Layers {n!r} and {twin!r} of the {whose} are one and the same module, so what they put out cannot be told apart; name one of them.")
-        # a compiled forward does not see hooks that come after its compilation
-        self.compiled = any('_orig_mod' in m._modules or m._compiled_call_impl is not None for m in model.modules())
-        self.hooks,self.untouched,self.once,self.eager = [],set(),False,None
+        self.hooks,self.untouched,self.once,self.eager,self.compiled = [],set(),False,None,_compiled(model)
         self.forget()
 
     def __enter__(self):
@@ -176,6 +180,7 @@ def looking_at(
         for model in models: states.enter_context(evaluating(model))
         states.enter_context(no_random(reproducible=False))
         states.enter_context(torch.no_grad())
+        if any(map(_compiled, models)): states.enter_context(torch.compiler.set_stance('force_eager'))
         try: yield
         finally:
             for m,attributes in kept.items():
@@ -238,7 +243,8 @@ class _Anatomy:
     def __init__(self, model, xb, whose='model'):
         self.trace,self.whose = _trace(model, xb),whose
         self.root,self.ran,self.shapes = self.trace[0],self.trace[1:],{r.name: r.shape for r in self.trace}
-        inp = max((tuple(t.shape) for t in tuplify(xb) if isinstance(t, Tensor)), key=len)
+        inp = max((_shape(o) or () for o in tuplify(xb)), key=len)
+        if not inp: raise TypeError(f"The inputs of the {whose} should be a tensor or a tuple of tensors, but there is no tensor in them.")
         # which dimension of three counts positions cannot be seen from the shape
         self.conv1d = any(isinstance(r.layer, nn.Conv1d) for r in self.ran)
         self.bs,self.grid = inp[0],inp[2:] if len(inp) > 3 or (len(inp) == 3 and self.conv1d) else inp[1:2]
@@ -289,19 +295,25 @@ class _Anatomy:
 
     def units(self, least):
         "What may stand for a stage or a block: layers with `least` weighted layers or more, but no whole body and no head; in the order in which they end"
-        units = [r for r in self.ran if self.layout(r.shape)[0] and self.n[r.name] >= least and 'Pool' not in type(r.layer).__name__
-                 and not isinstance(r.layer, (nn.Dropout, nn.Flatten, nn.Identity))]
+        units = [r for r in self.ran if self.layout(r.shape)[0] and self.n[r.name] >= least and not self.passes_on(r.layer)]
         units = [r for r in units if self.stride(r)] or units
         units = [r for r in units if not self.head(r) and not self.transposed(r)]
         return sorted((r for r in units if not self.body(r, units)), key=lambda r: r.last)
 
+    def passes_on(self, layer):
+        "Does `layer` not compute but only pick, average or reshape?"
+        return isinstance(layer, (nn.Dropout, nn.Flatten, nn.Identity)) or ('Pool' in type(layer).__name__ and not _weighted(layer))
+
     def body(self, r, units):
-        "Does `r` hold several stages: a block of another resolution, or maps of a resolution that it neither gets nor puts out?"
+        "Does `r` hold several stages?"
         # a single position is no resolution: squeeze-and-excitation pools within a block; what has not the input's proportions are attention maps or windows
         maps = [o for o in self.inside(r, self.ran) if self.n[o.name] and self.stride(o) and self.layout(o.shape)[1] > 1 and self.fits(o) >= self.fits(r)]
-        ends = [self.stride(r)] + [self.stride(r, r.inp)]*(self.stride(r, r.inp) is not None)
-        return (any(o in units and not _same(self.stride(o), self.stride(r)) for o in maps)
-                or any(len(o.shape) > 3 and not any(_same(self.stride(o), s) for s in ends) for o in maps))
+        before,after = self.stride(r, r.inp),self.stride(r)
+        between = [o for o in maps if not _same(self.stride(o), before) and not _same(self.stride(o), after)]
+        # a resolution that it neither gets nor puts out, of a block or, in a convolutional layer, of any map;
+        # blocks of the resolution that it gets may stand before the convolution that reduces it, unless they are most of the model
+        return (any(o in units or len(o.shape) > 3 < len(r.shape) for o in between)
+                or (self.n[r.name] > self.n['']/2 and any(o in units and not _same(self.stride(o), after) for o in maps)))
 
     def parts(self, r, units):
         "The two or more units that `r` is made of; `[r]` where there are none"

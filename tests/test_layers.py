@@ -59,6 +59,8 @@ def test_resnet_and_torchvision(name, student, teacher):
     ('resnet26d', RESNET),
     ('regnety_002', ['s1','s2','s3','s4']),
     ('swin_tiny_patch4_window7_224', blocks('layers', 0,1,2,3)),     # puts out (n, h, w, c)
+    ('ghostnet_100', blocks('blocks', 2,4,6,8)),                     # two convolutions before the one that reduces the resolution
+    ('twins_svt_small', ['blocks.0.1','blocks.1.1','blocks.2.9','blocks.3.3']),     # attention to a reduced map within a block
     ('mobilevit_xs', blocks('stages', 1,2,3,4)),                     # tokens of patches within a block
     ('vit_tiny_patch16_224', blocks('blocks', 2,5,8,11)),            # one resolution: by depth
     ('mixer_s32_224', blocks('blocks', 1,3,5,7)),                    # mixes tokens in a transposed MLP
@@ -144,6 +146,7 @@ def test_no_layer_to_compare_says_whose():
     linear = nn.Sequential(nn.Flatten(), nn.Linear(48,2))
     with pytest.raises(ValueError, match="student.*'1' \\(2, 2\\)"): match_layers(linear, net(), torch.randn(2,3,4,4), teacher_xb=torch.randn(2,1,8,8))
     with pytest.raises(TypeError, match='function'): match_layers(net(), lambda x: x, torch.randn(2,1,8,8))
+    with pytest.raises(TypeError, match='inputs of the student'): match_layers(nn.Identity(), net(), 'cat.jpg')
 
 # --- models stay as they were --------------------------------------------------------------------------------------
 
@@ -183,6 +186,16 @@ def test_hidden_state_stays():
     again = AWD_LSTM(20, 6, 8, 2)
     layer_table(again, tokens)
     again(tokens)                                # the weights after dropout are made anew
+
+def test_compiled_models():
+    "Hooks that come after the compilation would not be seen"
+    m,x = net(),torch.randn(4,1,8,8)
+    names = list(layer_table(m, x).index)
+    m.compile(backend='eager')
+    m(x)
+    assert list(layer_table(m, x).index) == names
+    assert match_layers(m, torch.compile(net(), backend='eager'), x) == (['relu1','relu2'],)*2
+    assert list(Taps(learner(model=m), ['conv1']).layers) == ['conv1']
 
 def test_shuffling_stays():
     "Training after a look sees the batches in the order that it would have seen"

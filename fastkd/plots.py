@@ -105,7 +105,7 @@ def plot_similarity(
     for axis,names,who in ((ax.xaxis, similarity.columns, 'teacher'), (ax.yaxis, similarity.index, 'student')):
         short,common = _short(names)
         axis.set_ticks(range(len(names)), short)
-        axis.set_label_text(f'{who} ({common}.…)' if common else who)
+        axis.set_label_text(f'{who}: {common}.*' if common else who)
     ax.tick_params(length=0, labelsize='small')
     if max((len(t.get_text()) for t in ax.get_xticklabels()), default=0) > (4 if annotate else 2): ax.tick_params(axis='x', rotation=90)
     if annotate:

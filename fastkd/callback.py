@@ -13,12 +13,12 @@ from torch import nn, Tensor
 from fastcore.basics import camel2snake, patch
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
-from fastai.basics import AvgLoss, L, Learner, detuplify, find_bs, find_device, noop, num_distrib, to_device
+from fastai.basics import AvgLoss, L, Learner, Recorder, TrainEvalCallback, detuplify, find_bs, find_device, noop, num_distrib, to_device
 from .layers import Taps, unwrap, named_layers, match_layers
 from .teacher import Teacher, evaluating, logits_of, mean_logits
 
 # %% auto #0
-__all__ = ['Term', 'TermMetric', 'class_axis', 'LossParameters', 'KnowledgeDistillationCallback']
+__all__ = ['Term', 'Weights', 'TermMetric', 'class_axis', 'ignored_index', 'LossParameters', 'KnowledgeDistillationCallback']
 
 # %% ../nbs/03_callback.ipynb #2ca1ade1
 _offered = 'pred','teacher_pred','target','fm_s','fm_t','axis','ignore_index','pct_train'
@@ -52,6 +52,41 @@ class Term:
             raise ValueError(f"The loss {self.name} returned {f'a tensor of shape {tuple(value.shape)}' if isinstance(value, Tensor) else repr(value)}, not one number: reduce it, e.g. with `.mean()`.")
         return value.reshape(())
 
+# %% ../nbs/03_callback.ipynb #d6ae55cc
+class Weights:
+    "How much the learner's own loss and each distillation term count, over a training."
+    def __init__(self,
+        terms:list, # The terms, `Term`s
+        weight=0.5, # One number for their sum, a number for each, or 'paper'
+        label_weight:float=None, # The weight of the learner's own loss; `None` for what the terms leave of 1, or the papers'
+        schedule=None # Multiplies the weights: a function of training progress
+    ):
+        if isinstance(weight, str): label_weight,weight = self._papers(terms, weight, label_weight)
+        one = not isinstance(weight, (list,tuple,L))
+        self.each = [float(weight)]*len(terms) if one else [float(w) for w in weight]
+        self.total,self.label,self.schedule = self.each[0] if one else sum(self.each),label_weight,schedule
+        if len(self.each) != len(terms): raise ValueError(f"There are {len(terms)} losses but {len(self.each)} weights.")
+        bad = [w for w in (*self.each, label_weight or 0.) if not (0 <= w < math.inf)]
+        if bad: raise ValueError(f"A weight is a number from 0 up, but one is {bad[0]}.")
+        if label_weight is None and self.total > 1:
+            raise ValueError(f"With weights that add up to {self.total:g} nothing is left for the learner's own loss (1 - sum(weight) < 0): say how much it weighs with `label_weight`, e.g. `label_weight=1`.")
+
+    def _papers(self, terms, weight, label_weight):
+        if weight != 'paper': raise ValueError(f"`weight` is a number, a list of numbers or 'paper', but this is {weight!r}.")
+        for t in terms:
+            if getattr(t.loss, 'paper', None) is None: raise ValueError(f"The loss {t.name} has no weights from a paper (its attribute `paper`); give numbers.")
+        labels,weights = zip(*[t.loss.paper for t in terms])
+        if label_weight is None and len(set(labels)) > 1:
+            raise ValueError(f"The papers of {[t.name for t in terms]} weigh the labels differently, {labels}; say which with `label_weight`.")
+        return labels[0] if label_weight is None else label_weight, weights
+
+    def at(self,
+        pct_train:float # How much of the training is done
+    ) -> tuple:
+        "The weight of the learner's own loss, and a list of the terms' weights."
+        s = 1. if self.schedule is None else float(self.schedule(min(pct_train, 1.)))
+        return 1-s*self.total if self.label is None else self.label, [s*w for w in self.each]
+
 # %% ../nbs/03_callback.ipynb #44f2f560
 class TermMetric(AvgLoss):
     "The mean of one term over a phase of an epoch: a column of the epoch table."
@@ -82,6 +117,13 @@ def class_axis(
     if hasattr(loss_func, 'axis'): return loss_func.axis
     torch_ce = isinstance(loss_func, (nn.CrossEntropyLoss, nn.NLLLoss)) or getattr(loss_func, 'func', loss_func) in (F.cross_entropy, F.nll_loss)
     return 1 if torch_ce else -1
+
+# %% ../nbs/03_callback.ipynb #6b21a424
+def ignored_index(
+    loss_func # A learner's loss function
+) -> int|None:
+    "The label that `loss_func` leaves out, `None` where there is none."
+    return next((f.ignore_index for f in (loss_func, getattr(loss_func, 'func', None)) if hasattr(f, 'ignore_index')), None)
 
 # %% ../nbs/03_callback.ipynb #c3efcce6
 def _plain(t):
@@ -178,35 +220,10 @@ class KnowledgeDistillationCallback(Callback):
             names = [camel2snake(t.name if t.name.isidentifier() else 'kd') for t in self.terms]
             for i,t in enumerate(self.terms): t.column = names[i] + ('_loss' if names.count(names[i]) == 1 else f'_loss_{names[:i+1].count(names[i])}')
         self.asked = self.pairs = _pairs(activations_student, activations_teacher)
-        self.schedule,self.valid = schedule,valid
-        self._set_weights(weight, label_weight)
-        self.values,self.curves,self.student = {},{},noop  # the last fit's: its terms now, their curves, its learner
-        self.undo,self.own,self.taps,self.unbuilt,self.ended,self.loaded = ExitStack(),LossParameters(),None,[],{},None
-
-    def _set_weights(self, weight, label_weight):
-        n = len(self.terms)
-        if isinstance(weight, str):
-            if weight != 'paper': raise ValueError(f"`weight` is a number, a list of numbers or 'paper', but this is {weight!r}.")
-            for t in self.terms:
-                if getattr(t.loss, 'paper', None) is None: raise ValueError(f"The loss {t.name} has no weights from a paper (its attribute `paper`); give numbers.")
-            label,weight = zip(*[t.loss.paper for t in self.terms])
-            if label_weight is None:
-                if len(set(label)) > 1: raise ValueError(f"The papers of {[t.name for t in self.terms]} weigh the labels differently, {label}; say which with `label_weight`.")
-                label_weight = label[0]
-        one = not isinstance(weight, (list,tuple,L))
-        self.weights = [float(weight)]*n if one else [float(w) for w in weight]
-        if len(self.weights) != n: raise ValueError(f"There are {n} losses but {len(self.weights)} weights.")
-        self.total = self.weights[0] if one else sum(self.weights)  # one number weighs the sum of the losses
-        bad = [w for w in (*self.weights, label_weight or 0.) if not (0 <= w < math.inf)]
-        if bad: raise ValueError(f"A weight is a number from 0 up, but one is {bad[0]}.")
-        if label_weight is None and self.total > 1:
-            raise ValueError(f"With weights that add up to {self.total:g} nothing is left for the learner's own loss (1 - sum(weight) < 0): say how much it weighs with `label_weight`, e.g. `label_weight=1`.")
-        self.label_weight = label_weight
-
-    def now(self):
-        "The weight of the learner's own loss and of each term at this point of the training."
-        s = 1. if self.schedule is None else float(self.schedule(min(self.pct_train, 1.)))
-        return 1-s*self.total if self.label_weight is None else self.label_weight, [s*w for w in self.weights]
+        self.weights,self.valid = Weights(self.terms, weight, label_weight, schedule),valid
+        self.values,self.curves,self.student = {},{},noop  # of the last fit: the batch's terms, their curves, the learner
+        self.undo,self.own,self.taps,self.ended,self.loaded = ExitStack(),LossParameters(),None,{},None
+        self.close()
 
     @property
     def fitting(self): return self.training or self.create_mbar  # fastai's `validate` and `get_preds` are not training and turn `create_mbar` off
@@ -214,17 +231,17 @@ class KnowledgeDistillationCallback(Callback):
     def distilling(self): return self.training or (self.valid and self.create_mbar)
     def live(self):
         "The terms that count at this point of the training, with their weights."
-        return [(t,w) for t,w in zip(self.terms, self.now()[1]) if w] if self.distilling else []
+        return [(t,w) for t,w in zip(self.terms, self.weights.at(self.pct_train)[1]) if w] if self.distilling else []
 
     # what `Learner.export` keeps of this callback: nothing
     def __reduce__(self): return Callback,()
 
     def before_fit(self):
         "Add the columns of the epoch table"
+        if self.taps is None: self.offer = dict(axis=class_axis(self.loss_func), ignore_index=ignored_index(self.loss_func))  # before MixUp replaces the loss
         if not self.create_mbar: return
         self.close()
         self.student = weakref.ref(self.learn)
-        self.offer = dict(axis=class_axis(self.loss_func), ignore_index=getattr(self.loss_func, 'ignore_index', getattr(getattr(self.loss_func, 'func', None), 'ignore_index', None)))
         columns = ['label_loss'] + [t.column for t in self.terms]
         self.curves = {'train': {c: [] for c in columns}, 'valid': {c: [] for c in columns}, 'steps': []}
         self.undo.enter_context(_columns(self.learn, [TermMetric(self.values, c) for c in columns]))
@@ -253,8 +270,7 @@ class KnowledgeDistillationCallback(Callback):
         label = _plain(self.learn.loss_grad)
         self.values['label_loss'] = label.detach().clone()  # later callbacks change `loss_grad` in place
         if not self.distilling: return
-        label_weight,_ = self.now()
-        live = self.live()
+        live,(label_weight,_) = self.live(),self.weights.at(self.pct_train)
         if live or label_weight != 1:
             # a term of weight 0 is left out rather than multiplied, for it may not be finite
             parts = [label_weight*label] if label_weight else []
@@ -313,6 +329,7 @@ class KnowledgeDistillationCallback(Callback):
             for t in terms:
                 fm_s,fm_t = [{p: a[p[i]] for p in t.pairs} for i,a in enumerate(acts)] if t.features else ({},{})
                 if t in self.unbuilt: self._build(t, fm_s, fm_t)
+                if hasattr(t.loss, 'build'): t.loss.train(self.training)  # it may have BatchNorm or dropout
                 T = getattr(t.loss, 'T', None)
                 teacher_pred = mean_logits(outs, T(self.pct_train) if callable(T) else T, self.offer['axis']) if t.logits else None
                 value = t(teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, **offer)
@@ -404,44 +421,6 @@ class KnowledgeDistillationCallback(Callback):
         self.undo.close()
         self.own,self.taps,self.unbuilt,self.checked,self.warned = LossParameters(),None,[],False,False
 
-    def teacher_metrics(self,
-        learn:Learner=None # The student's learner; by default that of the present or last fit
-    ) -> dict:
-        "The loss and the metrics of the learner for the teacher itself, on the validation set."
-        learn = learn or self.learn or self.student()
-        if learn is None: raise ValueError("There has been no fit yet: say for which learner, `teacher_metrics(learn)`.")
-        metrics = [m for m in learn.metrics if not isinstance(m, TermMetric)]
-        guest = Learner(learn.dls, _Guest(self.teacher), loss_func=learn.loss_func, metrics=metrics)
-        with guest.no_bar(), self.teacher.on(guest.dls.device): values = guest.validate()
-        return dict(zip(['loss', *(m.name for m in metrics)], values))
-
-    def plot_losses(self, **kwargs):
-        "Plot the curve of each term of the last fit; `kwargs` go to `fastkd.plots.plot_losses`."
-        from fastkd.plots import plot_losses
-        return plot_losses(self.curves, **kwargs)
-
-    def show_attention(self,
-        n:int=4, # Number of images
-        dl=None, # A `DataLoader` with the images; the validation set by default
-        **kwargs
-    ):
-        "Show where the student and the teacher of the last fit look, for each pair of layers; `kwargs` go to `fastkd.plots.show_attention`."
-        from fastkd.plots import show_attention
-        learn = self.student()
-        if learn is None or not self.pairs: raise ValueError("There is nothing to show before a fit with a loss that compares activations.")
-        dl = dl or learn.dls.valid
-        batch = dl.one_batch()
-        xb = tuple(x[:n] for x in batch[:learn.dls.n_inp])
-        device = next(learn.model.parameters()).device
-        xb = to_device(xb, device)
-        taps = self._taps(learn.model)
-        with torch.no_grad(), evaluating(learn.model), self.teacher.on(device):
-            taps[0].run(*xb)
-            self.teacher.run(*xb, taps=taps[1], logits=False)
-        maps = [[_plain(a[name]).pow(2).mean(1).cpu() for name in names] for a,names in zip([t.activations() for t in taps], zip(*self.pairs))]
-        imgs = dl.decode(tuple(xb))[0]
-        return show_attention(imgs, *maps, pairs=self.pairs, **kwargs)
-
 # %% ../nbs/03_callback.ipynb #91cd4331
 class _Guest(nn.Module):
     "A teacher as the model of a `Learner`"
@@ -466,3 +445,44 @@ def fit(self:Learner, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, star
     finally:
         for cb in L(cbs)+self.cbs:
             if isinstance(cb, KnowledgeDistillationCallback): cb.close()
+
+# %% ../nbs/03_callback.ipynb #693f206a
+@patch
+def teacher_metrics(self:KnowledgeDistillationCallback,
+    learn:Learner=None # The student's learner; by default that of the present or last fit
+) -> dict:
+    "Is the teacher any good? The learner's loss and metrics for the teacher itself, on the validation set."
+    learn = learn or self.learn or self.student()
+    if learn is None: raise ValueError("There has been no fit yet: say for which learner, `teacher_metrics(learn)`.")
+    metrics = [m for m in learn.metrics if not isinstance(m, TermMetric)]
+    guest = Learner(learn.dls, _Guest(self.teacher), learn.loss_func, metrics=metrics, default_cbs=False, cbs=[TrainEvalCallback,Recorder])
+    with self.teacher.on(guest.dls.device): values = guest.validate()
+    return dict(zip(['loss', *(m.name for m in metrics)], values))
+
+# %% ../nbs/03_callback.ipynb #f0c03a0a
+@patch
+def plot_losses(self:KnowledgeDistillationCallback, **kwargs):
+    "Plot the curve of each term of the last fit; `kwargs` go to `fastkd.plots.plot_losses`."
+    from fastkd.plots import plot_losses
+    return plot_losses(self.curves, **kwargs)
+
+# %% ../nbs/03_callback.ipynb #7632d404
+@patch
+def show_attention(self:KnowledgeDistillationCallback,
+    n:int=4, # Number of images
+    dl=None, # A `DataLoader` with the images; the validation set by default
+    **kwargs
+):
+    "Show where the student and the teacher of the last fit look, for each pair of layers; `kwargs` go to `fastkd.plots.show_attention`."
+    from fastkd.plots import show_attention
+    learn = self.student()
+    if learn is None or not self.pairs: raise ValueError("There is nothing to show before a fit with a loss that compares activations.")
+    dl = dl or learn.dls.valid
+    xb = tuple(x[:n] for x in dl.one_batch()[:learn.dls.n_inp])
+    device = next(learn.model.parameters()).device
+    with torch.no_grad(), evaluating(learn.model), self.teacher.on(device):
+        student,teacher = self._taps(learn.model)
+        student.run(*to_device(xb, device))
+        self.teacher.run(*to_device(xb, device), taps=teacher, logits=False)
+    maps = [[_plain(acts[name]).pow(2).mean(1).cpu() for name in names] for acts,names in zip((student.activations(), teacher.activations()), zip(*self.pairs))]
+    return show_attention(dl.decode(xb)[0], *maps, pairs=self.pairs, **kwargs)

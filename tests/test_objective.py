@@ -117,11 +117,11 @@ def test_a_peers_loss_that_walks_both_dicts_works():
 
 def test_paper_weights():
     kd = KnowledgeDistillationCallback(net(), Attention, ['conv1'], ['conv1'], weight='paper')
-    assert kd.label_weight == 1 and kd.weights == [1000]
+    assert kd.weights.at(0) == (1, [1000])
     kd = KnowledgeDistillationCallback(net(), SoftTarget, weight='paper')
-    assert kd.label_weight == .1 and kd.weights == [.9]
-    assert KnowledgeDistillationCallback(net(), SoftTarget(standardize=True), weight='paper').weights == [9]
-    assert KnowledgeDistillationCallback(net(), [SoftTarget,Attention], weight='paper', label_weight=1).weights == [.9,1000]
+    assert kd.weights.at(0) == (.1, [.9])
+    assert KnowledgeDistillationCallback(net(), SoftTarget(standardize=True), weight="paper").weights.each == [9]
+    assert KnowledgeDistillationCallback(net(), [SoftTarget,Attention], weight='paper', label_weight=1).weights.each == [.9,1000]
 
 class Table:
     "What the learner logs"

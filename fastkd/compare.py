@@ -99,8 +99,7 @@ class Method:
 
     def weights(self):
         "The weight of the labels and of each loss, before any schedule."
-        cb = self.callback(nn.Identity())
-        return 1-cb.total if cb.label_weight is None else cb.label_weight, cb.weights
+        return replace(self, schedule=None).callback(nn.Identity()).weights.at(0.)
 
     def settings(self):
         "What tells this method from another."
@@ -255,6 +254,11 @@ def _numbers(xs):
     "`xs` as numbers of JSON, which knows no NaN"
     return [_number(x) for x in xs]
 
+def _mean(xs):
+    "The mean of a term over the steps at which it counted (in a warm-up it does not from the first)"
+    xs = [x for x in xs if not math.isnan(x)]
+    return sum(xs)/len(xs) if xs else None
+
 def train(
     model:callable, # Makes the model
     dls, # `DataLoaders` of the three parts of the data
@@ -279,7 +283,7 @@ def train(
     log = {name: _numbers(vs) for name,vs in zip(learn.recorder.metric_names[1:], values) if name in ('train_loss','valid_loss','accuracy')}
     if callback:
         steps = [0, *callback.curves['steps']]
-        log.update({name: _numbers(float(np.mean(vs[a:b])) for a,b in zip(steps, steps[1:])) for name,vs in callback.curves['train'].items()})
+        log.update({name: _numbers(_mean(vs[a:b]) for a,b in zip(steps, steps[1:])) for name,vs in callback.curves['train'].items()})
     _,acc = learn.validate(ds_idx=2)
     return learn, dict(accuracy=float(acc), parameters=sum(p.numel() for p in learn.model.parameters()), log=log, seconds=clock.seconds, cpu_seconds=clock.cpu_seconds,
         **(dict(statistics=kept.kept) if kept else {}))
@@ -384,7 +388,8 @@ def compare(
         dls = parts.dls(recipe.student_fit.bs, device)
         for m,s in todo:
             bar.name(f'{m.name}, seed {s}')
-            _,run = train(recipe.student, dls, fit_of(m), s, m.callback(teacher, recipe.layers) if m.loss else None, statistics, bar.tick)
+            try: _,run = train(recipe.student, dls, fit_of(m), s, m.callback(teacher, recipe.layers) if m.loss else None, statistics, bar.tick)
+            except ValueError as e: raise ValueError(f"{m.name}: {str(e).split(chr(10)+chr(9))[-1]}") from e  # fastai puts a line before the message
             run = dict(key=keys[m.name,s], comparison=digest(base), method=m.name, seed=s, **run, recipe=recipe.name, data=base['data'], device=_device_name(device),
                 settings=dict(fit=vars(fit_of(m)), method=m.settings()), layers=recipe.layers, teacher={k: known[k] for k in ('accuracy','parameters','checksum','seed')},
                 teacher_fit=vars(recipe.teacher_fit), **circumstances(), when=time.strftime('%Y-%m-%dT%H:%M:%S%z'))

@@ -23,6 +23,7 @@ def killed(tmp_path_factory):
     out = tmp_path_factory.mktemp('killed')
     process = command(*run, out)
     while len(lines(out)) < 2 and process.poll() is None: time.sleep(0.01)
+    assert process.poll() is None, process.communicate()[1]
     process.send_signal(signal.SIGKILL)
     process.communicate()
     before,teacher = lines(out),next(out.glob('teacher-*')).stat().st_mtime_ns

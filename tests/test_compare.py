@@ -133,6 +133,15 @@ def test_a_name_is_not_what_a_method_is_known_by(tmp_path):
     assert a.key[0] != b.key[0]
     with pytest.raises(ValueError, match='name of its own'): table(pd.concat([a,b]))
 
+def test_a_term_that_warms_up_has_a_mean(tmp_path):
+    r = run(['dkd'], 1, out=tmp_path).iloc[0]
+    assert all(v > 0 for v in r.log['kd_loss'])
+
+def test_a_method_that_does_not_fit_says_so_in_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match='^attention: Attention compares places') as e: run(['none','attention'], 1, out=tmp_path)
+    assert '\n' not in str(e.value)
+    assert [r['method'] for r in Results(tmp_path/'results.jsonl').read()] == ['none']   # what was finished is kept
+
 def test_epochs_of_a_method(tmp_path):
     runs = run(['none','soft(epochs=1)'], 1, out=tmp_path)
     assert [len(s) for s in runs.seconds] == [2,1]
@@ -146,15 +155,16 @@ def test_refusals(kwargs, words, tmp_path):
 # methods as text
 
 def test_text_and_object_are_one():
-    cb = method('attention-paper+soft(T=3,weight=0.2)').callback(torch.nn.Identity(), (['a'],['b']))
-    assert [type(t.loss) for t in cb.terms] == [Attention,SoftTarget] and cb.weights == [1000.,0.2] and cb.label_weight == 0.8 and cb.terms[1].loss.T == 3
+    m = method('attention-paper+soft(T=3,weight=0.2)')
+    cb = m.callback(torch.nn.Identity(), (['a'],['b']))
+    assert [type(t.loss) for t in cb.terms] == [Attention,SoftTarget] and m.weights() == (0.8,[1000.,0.2]) and cb.terms[1].loss.T == 3
     plain = KnowledgeDistillationCallback(torch.nn.Identity(), SoftTarget(T=7), weight=0.7)
     cb = method('soft(T=7, weight=0.7)').callback(torch.nn.Identity())
-    assert (cb.weights, cb.total, cb.label_weight, cb.terms[0].loss.T) == (plain.weights, plain.total, plain.label_weight, 7)
+    assert cb.weights.at(0.5) == plain.weights.at(0.5) and cb.terms[0].loss.T == 7
 
 def test_a_schedule_by_name():
     cb = method('soft(schedule=cos)').callback(torch.nn.Identity())
-    assert [cb.schedule(p) for p in (0,0.5,1)] == pytest.approx([0,0.5,1])
+    assert [cb.weights.at(p)[1][0] for p in (0,0.5,1)] == pytest.approx([0,0.25,0.5])
     warmup = method('dkd').schedule
     assert [warmup(p) for p in (0,1/24,1/12,1)] == pytest.approx([0,0.5,1,1], abs=1e-6)
 

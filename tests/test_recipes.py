@@ -100,6 +100,8 @@ def test_cifar10_from_a_folder(cifar_folder, sub):
     assert x.dtype == torch.uint8 and x.shape == (18,3,32,32) and np.bincount(y).tolist() == [9,9]
     first = sorted(cifar_folder.glob('cifar10/test/airplane/*'))[0]
     assert torch.equal(parts.test[0][0], torch.tensor(np.asarray(Image.open(first))).permute(2,0,1)) and parts.test[1].tolist() == [0]*3+[1]*3
+    birds = {np.asarray(Image.open(f)).tobytes() for f in cifar_folder.glob('cifar10/train/bird/*')}
+    assert [im.permute(1,2,0).contiguous().numpy().tobytes() in birds for im in x] == [bool(o) for o in y]
     z = parts.tfm(x)
     torch.testing.assert_close(z.mean((0,2,3)), torch.zeros(3), atol=1e-4, rtol=0)
     torch.testing.assert_close(z.std((0,2,3)), torch.ones(3), atol=1e-3, rtol=0)

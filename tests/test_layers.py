@@ -95,6 +95,9 @@ def test_stages_in_wrappers():
     body = nn.Sequential(nn.Conv2d(3,4,3,2,1), nn.Sequential(Block(4), Block(4)), nn.Sequential(nn.Conv2d(4,8,3,2,1), Block(8)))
     model = nn.Sequential(nn.Sequential(body), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,2))
     assert match_layers(model, body, torch.randn(2,3,16,16)) == (['0.0.1','0.0.2'], ['1','2'])      # two stages, and the body is not one of them
+    late = nn.Sequential(nn.Sequential(nn.Sequential(Block(3), Block(3)), nn.Sequential(nn.Conv2d(3,8,3,2,1), Block(8))),
+                         nn.Sequential(nn.Conv2d(8,8,3,2,1), Block(8)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,2))
+    assert match_layers(late, late, torch.randn(2,3,16,16)) == (['0.0','0.1','1'],)*2               # the first stage at the resolution of the input
     assert match_layers(nn.DataParallel(model), model, torch.randn(2,3,16,16)) == (['0.0.1','0.0.2'],)*2
 
 def test_dense_prediction():

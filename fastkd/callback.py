@@ -61,6 +61,7 @@ class Weights:
         label_weight:float=None, # The weight of the learner's own loss; `None` for what the terms leave of 1, or the papers'
         schedule=None # Multiplies the weights: a function of training progress
     ):
+        self.warmup = [getattr(t.loss, 'warmup_epochs', 0) if isinstance(weight, str) else 0 for t in terms]
         if isinstance(weight, str): label_weight,weight = self._papers(terms, weight, label_weight)
         one = not isinstance(weight, (list,tuple,L))
         self.each = [float(weight)]*len(terms) if one else [float(w) for w in weight]
@@ -81,11 +82,13 @@ class Weights:
         return labels[0] if label_weight is None else label_weight, weights
 
     def at(self,
-        pct_train:float # How much of the training is done
+        pct_train:float, # How much of the training is done
+        n_epoch:int=1 # Of how many epochs
     ) -> tuple:
         "The weight of the learner's own loss, and a list of the terms' weights."
         s = 1. if self.schedule is None else float(self.schedule(min(pct_train, 1.)))
-        return 1-s*self.total if self.label is None else self.label, [s*w for w in self.each]
+        warm = [min(pct_train*n_epoch/n, 1.) if n else 1. for n in self.warmup]
+        return 1-s*self.total if self.label is None else self.label, [s*w*o for w,o in zip(self.each, warm)]
 
 # %% ../nbs/03_callback.ipynb #44f2f560
 class TermMetric(AvgLoss):
@@ -231,7 +234,7 @@ class KnowledgeDistillationCallback(Callback):
     def distilling(self): return self.training or (self.valid and self.create_mbar)
     def live(self):
         "The terms that count at this point of the training, with their weights."
-        return [(t,w) for t,w in zip(self.terms, self.weights.at(self.pct_train)[1]) if w] if self.distilling else []
+        return [(t,w) for t,w in zip(self.terms, self.weights.at(self.pct_train, self.n_epoch)[1]) if w] if self.distilling else []
 
     # what `Learner.export` keeps of this callback: nothing
     def __reduce__(self): return Callback,()
@@ -270,7 +273,7 @@ class KnowledgeDistillationCallback(Callback):
         label = _plain(self.learn.loss_grad)
         self.values['label_loss'] = label.detach().clone()  # later callbacks change `loss_grad` in place
         if not self.distilling: return
-        live,(label_weight,_) = self.live(),self.weights.at(self.pct_train)
+        live,(label_weight,_) = self.live(),self.weights.at(self.pct_train, self.n_epoch)
         if live or label_weight != 1:
             # a term of weight 0 is left out rather than multiplied, for it may not be finite
             parts = [label_weight*label] if label_weight else []

@@ -477,7 +477,7 @@ def show_attention(self:KnowledgeDistillationCallback,
     **kwargs
 ):
     "Show where the student and the teacher of the last fit look, for each pair of layers; `kwargs` go to `fastkd.plots.show_attention`."
-    from fastkd.plots import show_attention
+    from fastkd.plots import attention_map, show_attention
     learn = self.student()
     if learn is None or not self.pairs: raise ValueError("There is nothing to show before a fit with a loss that compares activations.")
     dl = dl or learn.dls.valid
@@ -487,5 +487,5 @@ def show_attention(self:KnowledgeDistillationCallback,
         student,teacher = self._taps(learn.model)
         student.run(*to_device(xb, device))
         self.teacher.run(*to_device(xb, device), taps=teacher, logits=False)
-    maps = [[_plain(acts[name]).pow(2).mean(1).cpu() for name in names] for acts,names in zip((student.activations(), teacher.activations()), zip(*self.pairs))]
+    maps = [[attention_map(acts[name]).cpu() for name in names] for acts,names in zip((student.activations(), teacher.activations()), zip(*self.pairs))]
     return show_attention(dl.decode(xb)[0], *maps, pairs=self.pairs, **kwargs)

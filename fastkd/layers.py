@@ -295,7 +295,8 @@ class _Anatomy:
 
     def units(self, least):
         "What may stand for a stage or a block: layers with `least` weighted layers or more, but no whole body and no head; in the order in which they end"
-        units = [r for r in self.ran if self.layout(r.shape)[0] and self.n[r.name] >= least and not self.passes_on(r.layer)]
+        whole = max(self.n[''], 2)  # what holds all weights is the model itself, in a wrapper of somebody's
+        units = [r for r in self.ran if self.layout(r.shape)[0] and least <= self.n[r.name] < whole and not self.passes_on(r.layer)]
         units = [r for r in units if self.stride(r)] or units
         units = [r for r in units if not self.head(r) and not self.transposed(r)]
         return sorted((r for r in units if not self.body(r, units)), key=lambda r: r.last)

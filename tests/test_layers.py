@@ -394,3 +394,12 @@ def test_similarity_refuses():
     with pytest.raises(ValueError, match='32 rows for a batch of 8'): layer_similarity(Windows(), m, [x], (['cut'],['conv1']))
     with pytest.raises(ValueError, match="'unused' of the student did not run"): layer_similarity(Windows(), m, [x], (['unused'],['conv1']))
     assert not hooks(m)
+
+def test_a_model_in_a_wrapper_of_somebodys_is_no_stage():
+    class Wrapper(nn.Module):
+        def __init__(self, model): super().__init__(); self.net = model
+        def forward(self, x): return self.net(x)
+    def plain(width): return nn.Sequential(nn.Conv2d(1,width,3,padding=1), nn.ReLU(), nn.Conv2d(width,2*width,3,2,1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2*width,3))
+    x = torch.randn(2,1,8,8)
+    assert match_layers(plain(4), Wrapper(plain(6)), x) == (['1','3'], ['net.1','net.3'])
+    assert match_layers(Wrapper(Wrapper(plain(4))), plain(6), x) == (['net.net.1','net.net.3'], ['1','3'])

@@ -311,11 +311,12 @@ class KnowledgeDistillationCallback(Callback):
                 t.pairs = matched
         if matched: print('Pairs of layers:', ', '.join(f'{s} ~ {t}' for s,t in matched))
         self.pairs = list(dict.fromkeys(p for t in features for p in t.pairs))
-        self.taps = self._taps(self.model)
+        self.taps = self._taps(self.model, self.xb)
 
-    def _taps(self, student):
+    def _taps(self, student, xb):
         "What keeps the activations of all pairs, the student's and the teacher's"
-        return [Taps(m, dict.fromkeys(names), whose) for m,names,whose in zip((student,self.teacher.model), zip(*self.pairs), ('student','teacher'))]
+        models,inputs = (student,self.teacher.model),(xb,self.teacher.inputs_of(*xb))
+        return [Taps(m, dict.fromkeys(names), whose, x) for m,names,whose,x in zip(models, zip(*self.pairs), ('student','teacher'), inputs)]
 
     def _distil(self, terms):
         "The values of `terms` for this batch"
@@ -484,8 +485,9 @@ def show_attention(self:KnowledgeDistillationCallback,
     xb = tuple(x[:n] for x in dl.one_batch()[:learn.dls.n_inp])
     device = next(learn.model.parameters()).device
     with torch.no_grad(), evaluating(learn.model), self.teacher.on(device):
-        student,teacher = self._taps(learn.model)
-        student.run(*to_device(xb, device))
-        self.teacher.run(*to_device(xb, device), taps=teacher, logits=False)
+        inputs = to_device(xb, device)
+        student,teacher = self._taps(learn.model, inputs)
+        student.run(*inputs)
+        self.teacher.run(*inputs, taps=teacher, logits=False)
     maps = [[attention_map(acts[name]).cpu() for name in names] for acts,names in zip((student.activations(), teacher.activations()), zip(*self.pairs))]
     return show_attention(dl.decode(xb)[0], *maps, pairs=self.pairs, **kwargs)

@@ -233,8 +233,10 @@ class KnowledgeDistillationCallback(Callback):
     @property
     def distilling(self): return self.training or (self.valid and self.create_mbar)
     def live(self):
-        "The terms that count at this point of the training, with their weights."
-        return [(t,w) for t,w in zip(self.terms, self.weights.at(self.pct_train, self.n_epoch)[1]) if w] if self.distilling else []
+        "The terms that count for this batch, with their weights."
+        if not self.distilling: return []
+        rows = math.inf if self.training else find_bs(self.xb)
+        return [(t,w) for t,w in zip(self.terms, self.weights.at(self.pct_train, self.n_epoch)[1]) if w and rows >= getattr(t.loss, 'min_rows', 1)]
 
     # what `Learner.export` keeps of this callback: nothing
     def __reduce__(self): return Callback,()

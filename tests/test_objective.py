@@ -179,3 +179,9 @@ def test_ensemble_is_the_mean_at_the_losss_temperature():
     hand_loop(dls, theirs, objective, 3)
     learner(dls, mine).fit(1, cbs=KnowledgeDistillationCallback([teacher,other], SoftTarget(T=4)))
     close(weights(theirs), weights(mine))
+
+def test_a_last_batch_of_one_row_does_not_end_the_fit():
+    "In validation the last batch is what is left over; RKD compares rows with each other"
+    kd = KnowledgeDistillationCallback(net(width=6, seed=7), [RKD,Similarity,PKT], ['conv2'], ['conv2'], weight=.1)
+    learner(batches(n_valid=9)).fit(1, cbs=kd)
+    assert all(math.isfinite(c[0]) and c[0] > 0 for c in kd.curves['valid'].values())

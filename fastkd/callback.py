@@ -61,7 +61,7 @@ class Weights:
         label_weight:float=None, # The weight of the learner's own loss; `None` for what the terms leave of 1, or the papers'
         schedule=None # Multiplies the weights: a function of training progress
     ):
-        self.warmup = [getattr(t.loss, 'warmup_epochs', 0) if isinstance(weight, str) else 0 for t in terms]
+        self.warmup = [getattr(t.loss, 'warmup_epochs', 0) if isinstance(weight, str) and schedule is None else 0 for t in terms]
         if isinstance(weight, str): label_weight,weight = self._papers(terms, weight, label_weight)
         one = not isinstance(weight, (list,tuple,L))
         self.each = [float(weight)]*len(terms) if one else [float(w) for w in weight]

@@ -90,6 +90,23 @@ def test_large_activations_in_half_precision(loss):
     learn.fit(1, lr=0, cbs=[CPUMixedPrecision('fp16'), kd])  # no rate: without a GPU nothing scales the student's own gradients
     assert all(math.isfinite(v) for v in kd.curves['train']['kd_loss'])
 
+@pytest.mark.parametrize('scale', [2.**10, 2.**120], ids=['steps','overflows'])
+def test_skipped_steps_of_the_scaler(scale):
+    "Where the scaled gradients overflow, neither the student nor a loss's parameters move; where not, both do"
+    class Scaled(CPUMixedPrecision):
+        def before_fit(self):
+            super().before_fit()
+            self.learn.scaler = torch.amp.GradScaler('cpu', init_scale=scale)
+    seen = []
+    class Watch(Callback):
+        order = 30
+        def before_backward(self): seen.append([p.detach().clone() for p in (*self.model.parameters(), *kd.own.params)])
+        def after_train(self): seen.append([p.detach().clone() for p in (*self.model.parameters(), *kd.own.params)])
+    kd = KnowledgeDistillationCallback(teacher(), [SoftTarget,FitNet], ['conv2'], ['conv2'], weight=.3)
+    learner().fit(1, cbs=[Scaled('bf16' if scale < 2**20 else 'fp16'), kd, Watch()])
+    moved = [not torch.equal(a, b) for a,b in zip(seen[0], seen[1])]
+    assert len(moved) == 10+3 and (all(moved) if scale < 2**20 else not any(moved))
+
 def test_channels_last():
     learn = learner()
     kd = KnowledgeDistillationCallback(teacher(), [SoftTarget,Attention], ['conv2'], ['conv2'])
@@ -111,6 +128,20 @@ def test_the_teacher_sees_the_mixed_input(mix):
     assert len(xs['student']) == 10 and all(torch.equal(a, b) for a,b in zip(xs['student'], xs['teacher']))
     assert any(not any((x == o).all() for o in originals) for batch in xs['teacher'][:3] for x in batch)
     assert learn.loss_func is before
+
+def test_the_teacher_sees_what_is_erased():
+    from fastai.vision.augment import RandomErasing
+    from fastai.vision.core import TensorImage
+    dls,xs = batches(),{'student': [], 'teacher': []}
+    erase = RandomErasing(p=1., max_count=1)
+    dls.train.after_batch = lambda b: (erase(TensorImage(b[0]), split_idx=0), b[1])
+    t,learn = teacher(),learner(dls)
+    t.conv1.register_forward_pre_hook(lambda m,i: xs['teacher'].append(i[0].clone()))
+    learn.model.conv1.register_forward_pre_hook(lambda m,i: xs['student'].append(i[0].clone()))
+    learn.fit(1, cbs=KnowledgeDistillationCallback(t, SoftTarget, valid=False))
+    assert len(xs['teacher']) == 3 and all(torch.equal(a, b) for a,b in zip(xs['student'], xs['teacher']))
+    originals = torch.stack([x for x,_ in dls.train_ds])
+    assert not any((x == o).all() for x in xs['teacher'][0] for o in originals)
 
 @pytest.mark.parametrize('first', ['kd','mixup'])
 def test_mixup_as_by_hand(first):
@@ -193,6 +224,21 @@ def test_ways_to_fit(name, fit, opt_func, own):
     assert moved and all(not torch.equal(p, old) for p,old in moved)  # each parameter of each loss has trained
     learn.remove_cbs([Watch, KnowledgeDistillationCallback])
     learn.fit(1)  # and the optimizer still works
+
+@pytest.mark.parametrize('loss', [FitNet, Cosine, VID, ReviewKD, ActivationBoundaries, ChannelWiseFeatures], ids=lambda l: l.__name__)
+def test_each_parameter_of_each_loss_trains(loss):
+    first,last = [],[]
+    kd = KnowledgeDistillationCallback(teacher(), loss, ['conv1','conv2'], ['conv1','conv2'], weight=.5)
+    class Watch(Callback):
+        order = 30
+        def before_backward(self):
+            if not first: first.extend(p.detach().clone() for p in kd.own.params)
+        def after_train(self): last.extend(p.detach().clone() for p in kd.own.params)
+    learn = learner(opt_func=Adam)
+    learn.fit(1, cbs=[kd, Watch()])
+    assert first and all(not torch.equal(a, b) for a,b in zip(first, last))
+    assert [len(o) for o in learn.opt.param_lists] == [len(list(learn.model.parameters()))] and len(learn.opt.state) == len(list(learn.model.parameters()))
+    assert not list(kd.terms[0].loss.parameters())  # the user's loss stays as it was
 
 def test_parameters_of_losses_follow_the_last_groups_rate(float64):
     "FitNet by hand, with a rate for each half"

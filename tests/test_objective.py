@@ -97,6 +97,16 @@ def test_schedule(schedule, label_weight):
     learner(dls, mine).fit(1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget, weight=.8, label_weight=label_weight, schedule=schedule))
     close(weights(theirs), weights(mine))
 
+def test_scheduled_temperature():
+    dls,mine,theirs,teacher = pair()
+    T = SchedLin(8, 1)
+    def objective(x, y, progress):
+        z,z_t = theirs(x),teacher(x).detach()
+        return .5*F.cross_entropy(z, y) + .5*soft(z, z_t, T(progress))
+    hand_loop(dls, theirs, objective, 3)
+    learner(dls, mine).fit(1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget(T=T)))
+    close(weights(theirs), weights(mine))
+
 def test_plain_functions_take_what_they_name():
     dls,mine,theirs,teacher = pair()
     losses = [lambda pred, teacher_pred: F.mse_loss(pred, teacher_pred), lambda teacher_pred, pred, **kwargs: F.mse_loss(pred, teacher_pred), Logits, Logits()]

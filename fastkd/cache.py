@@ -15,10 +15,10 @@ __all__ = ['row_keys', 'pack_topk', 'unpack_topk', 'LogitsCache']
 
 # %% ../nbs/02b_cache.ipynb #161389ae
 def _mixed(h):
-    "64 bits well mixed, so that a sum of such numbers tells inputs apart (the finalizer of MurmurHash3)"
-    # torch shifts signed numbers arithmetically, which mixes as well here
-    h = (h ^ (h >> 33)) * -0x61c8864680b583eb
-    return h ^ (h >> 29)
+    "`h`, 64 bits each, mixed well in place, so that a sum of such numbers tells inputs apart (the finalizer of MurmurHash3)"
+    # torch shifts signed numbers arithmetically, which mixes as well here; in place, for the inputs are large
+    h.bitwise_xor_(h >> 33).mul_(-0x61c8864680b583eb)
+    return h.bitwise_xor_(h >> 29)
 
 def row_keys(
     *xb # Tensors with one row for each item

@@ -132,7 +132,7 @@ def ignored_index(
 def _plain(t):
     "A tensor without fastai's type, in at least float32: losses are computed neither in half precision nor through tensor subclasses"
     if not isinstance(t, Tensor): return t
-    t = t.as_subclass(Tensor)
+    if type(t) is not Tensor: t = t.as_subclass(Tensor)
     return t.float() if t.dtype in (torch.half,torch.bfloat16) else t
 
 # %% ../nbs/03_callback.ipynb #67f57111
@@ -229,14 +229,15 @@ class KnowledgeDistillationCallback(Callback):
         self.close()
 
     @property
-    def fitting(self): return self.training or self.create_mbar  # fastai's `validate` and `get_preds` are not training and turn `create_mbar` off
+    def fitting(self): return self.learn.training or self.learn.create_mbar  # fastai's `validate` and `get_preds` are not training and turn `create_mbar` off
     @property
-    def distilling(self): return self.training or (self.valid and self.create_mbar)
+    def distilling(self): return self.learn.training or (self.valid and self.learn.create_mbar)
     def live(self):
         "The terms that count for this batch, with their weights."
+        learn = self.learn
         if not self.distilling: return []
-        rows = math.inf if self.training else find_bs(self.xb)
-        return [(t,w) for t,w in zip(self.terms, self.weights.at(self.pct_train, self.n_epoch)[1]) if w and rows >= getattr(t.loss, 'min_rows', 1)]
+        rows = math.inf if learn.training else find_bs(learn.xb)
+        return [(t,w) for t,w in zip(self.terms, self.weights.at(learn.pct_train, learn.n_epoch)[1]) if w and rows >= getattr(t.loss, 'min_rows', 1)]
 
     # what `Learner.export` keeps of this callback: nothing
     def __reduce__(self): return Callback,()
@@ -271,17 +272,18 @@ class KnowledgeDistillationCallback(Callback):
 
     def after_loss(self):
         "Join the terms to the learner's own loss"
-        if not len(self.yb) or not self.fitting: return
-        label = _plain(self.learn.loss_grad)
+        learn = self.learn
+        if not len(learn.yb) or not self.fitting: return
+        label = _plain(learn.loss_grad)
         self.values['label_loss'] = label.detach().clone()  # later callbacks change `loss_grad` in place
         if not self.distilling: return
-        live,(label_weight,_) = self.live(),self.weights.at(self.pct_train, self.n_epoch)
+        live,(label_weight,_) = self.live(),self.weights.at(learn.pct_train, learn.n_epoch)
         if live or label_weight != 1:
             # a term of weight 0 is left out rather than multiplied, for it may not be finite
             parts = [label_weight*label] if label_weight else []
             parts += [w*term for (_,w),term in zip(live, self._distil([t for t,_ in live]))]
-            self.learn.loss_grad = sum(parts) if parts else 0*label
-            self.learn.loss = self.learn.loss_grad.clone()
+            learn.loss_grad = sum(parts) if parts else 0*label
+            learn.loss = learn.loss_grad.clone()
 
     def _prepare(self):
         "On the first batch: move the teacher, pair the layers, and make room for losses that will have parameters"
@@ -322,22 +324,23 @@ class KnowledgeDistillationCallback(Callback):
 
     def _distil(self, terms):
         "The values of `terms` for this batch"
+        learn = self.learn
         logits,features = any(t.logits for t in terms),any(t.features for t in terms)
-        pred,outs,acts = _plain(logits_of(self.pred)),[],({},{})
+        pred,outs,acts = _plain(logits_of(learn.pred)),[],({},{})
         if logits or features:
-            outs = [_plain(o) for o in self.teacher.run(*self.xb, taps=self.taps[1] if features else None, logits=logits)]
+            outs = [_plain(o) for o in self.teacher.run(*learn.xb, taps=self.taps[1] if features else None, logits=logits)]
         if features: acts = [{n: _plain(a) for n,a in taps.activations().items()} for taps in self.taps]
         if not self.checked: self._check(pred, outs, acts[1])
-        target,values = _plain(detuplify(self.yb)),[]
-        offer = dict(self.offer, pred=pred, target=target, pct_train=self.pct_train)
+        target,values = _plain(detuplify(learn.yb)),[]
+        offer = dict(self.offer, pred=pred, target=target, pct_train=learn.pct_train)
         if not isinstance(target, Tensor) or target.is_floating_point(): offer['ignore_index'] = None  # labels that are no class indices
         with torch.autocast(pred.device.type, enabled=False):
             for t in terms:
                 fm_s,fm_t = [{p: a[p[i]] for p in t.pairs} for i,a in enumerate(acts)] if t.features else ({},{})
                 if t in self.unbuilt: self._build(t, fm_s, fm_t)
-                if hasattr(t.loss, 'build'): t.loss.train(self.training)  # it may have BatchNorm or dropout
+                if hasattr(t.loss, 'build'): t.loss.train(learn.training)  # it may have BatchNorm or dropout
                 T = getattr(t.loss, 'T', None)
-                teacher_pred = mean_logits(outs, T(self.pct_train) if callable(T) else T, self.offer['axis']) if t.logits else None
+                teacher_pred = mean_logits(outs, T(learn.pct_train) if callable(T) else T, self.offer['axis']) if t.logits else None
                 value = t(teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, **offer)
                 self.values[t.column] = value.detach().clone()
                 values.append(value)

@@ -27,6 +27,7 @@ def row_keys(
     total,start = 0,1
     for x in xb:
         x = x.detach().as_subclass(Tensor)
+        if not x.numel(): continue  # a table without continuous columns
         words = x.contiguous().view(len(x), -1).view(torch.uint8)
         words = (F.pad(words, (0, -words.shape[1] % 8)) if words.shape[1] % 8 else words).view(torch.int64)
         place = torch.arange(start, start+words.shape[1], device=x.device)

@@ -36,6 +36,8 @@ class Term:
         # a function of nothing but `**kwargs` is offered everything
         if not self.named and any(p.kind is p.VAR_KEYWORD for p in params.values()): self.named = list(_offered)
         if not self.named: raise TypeError(f"The loss {self.name} takes none of the keywords {', '.join(_offered)}.")
+        more = [n for n,p in params.items() if n not in _offered and p.default is p.empty and p.kind in (p.POSITIONAL_ONLY,p.POSITIONAL_OR_KEYWORD,p.KEYWORD_ONLY)]
+        if more: raise TypeError(f"The loss {self.name} asks for {', '.join(more)}, but a loss gets what it names of {', '.join(_offered)}: wrap it, e.g. `lambda pred, teacher_pred: F.mse_loss(pred, teacher_pred)`.")
         self.labels = 'target' in self.named and 'target' in params and params['target'].default is inspect.Parameter.empty
 
     @property
@@ -44,6 +46,8 @@ class Term:
     def logits(self): return 'teacher_pred' in self.named
     @property
     def features(self): return 'fm_s' in self.named or 'fm_t' in self.named
+    @property
+    def trained(self): return hasattr(self.loss, 'build') or (isinstance(self.loss, nn.Module) and next(self.loss.parameters(), None) is not None)
 
     def __call__(self, **offered) -> Tensor:
         "The loss of a batch, a scalar; raises `ValueError` where it is none."
@@ -88,7 +92,9 @@ class Weights:
         "The weight of the learner's own loss, and a list of the terms' weights."
         s = 1. if self.schedule is None else float(self.schedule(min(pct_train, 1.)))
         warm = [min(pct_train*n_epoch/n, 1.) if n else 1. for n in self.warmup]
-        return 1-s*self.total if self.label is None else self.label, [s*w*o for w,o in zip(self.each, warm)]
+        label = 1-s*self.total if self.label is None else self.label
+        if s < 0 or label < -1e-6: raise ValueError(f"The schedule gives {s:g} at {pct_train:.0%} of the training, and with it a negative weight: keep it from 0 up, or give a `label_weight`.")
+        return label, [s*w*o for w,o in zip(self.each, warm)]
 
 # %% ../nbs/03_callback.ipynb #44f2f560
 class TermMetric(AvgLoss):
@@ -151,7 +157,8 @@ class LossParameters:
         opt # A learner's optimizer
     ):
         "Put the parameters, with the state that they had, into `opt`."
-        if self.opt is not None or not self.params: return
+        if self.opt is opt or not self.params: return
+        self.leave()  # an export in the middle of a training leaves a new optimizer
         self.opt,stores = opt,self._stores(opt)
         for store,states in zip(stores, self.states or [[{} for _ in self.params] for _ in stores]): store.update(zip(self.params, states))
         groups = opt.param_lists
@@ -225,7 +232,7 @@ class KnowledgeDistillationCallback(Callback):
         self.asked = self.pairs = _pairs(activations_student, activations_teacher)
         self.weights,self.valid = Weights(self.terms, weight, label_weight, schedule),valid
         self.values,self.curves,self.student = {},{},noop  # of the last fit: the batch's terms, their curves, the learner
-        self.undo,self.own,self.taps,self.ended,self.loaded = ExitStack(),LossParameters(),None,{},None
+        self.undo,self.own,self.taps,self.ended,self.loaded,self.trying = ExitStack(),LossParameters(),None,{},None,False
         self.close()
 
     @property
@@ -241,16 +248,23 @@ class KnowledgeDistillationCallback(Callback):
 
     # what `Learner.export` keeps of this callback: nothing
     def __reduce__(self): return Callback,()
+    def __deepcopy__(self, memo=None): raise TypeError("A distillation callback cannot be copied, for an empty one would take its place: make another one.")
+    __copy__ = __deepcopy__
 
     def before_fit(self):
         "Add the columns of the epoch table"
         if self.taps is None: self.offer = dict(axis=class_axis(self.loss_func), ignore_index=ignored_index(self.loss_func))  # before MixUp replaces the loss
         if not self.create_mbar: return
         self.close()
+        self.trying = hasattr(self.learn, 'lr_finder')  # it puts the student back
         self.student = weakref.ref(self.learn)
         columns = ['label_loss'] + [t.column for t in self.terms]
         self.curves = {'train': {c: [] for c in columns}, 'valid': {c: [] for c in columns}, 'steps': []}
         self.undo.enter_context(_columns(self.learn, [TermMetric(self.values, c) for c in columns]))
+
+    def before_epoch(self):
+        for m in self.learn.metrics:
+            if isinstance(m, TermMetric): m.reset()  # no means of the last epoch where this one is cut short
 
     def before_train(self):
         self.teacher.reset()
@@ -262,6 +276,7 @@ class KnowledgeDistillationCallback(Callback):
     def before_batch(self):
         "Hook the student's layers"
         self.values.clear()
+        if self.training: self.own.join(self.opt)
         live = self.live()
         if not live: return
         if self.taps is None: self._prepare()
@@ -294,11 +309,13 @@ class KnowledgeDistillationCallback(Callback):
             raise ValueError(f"The teacher's `cache` keeps the logits of items that stay the same: leave it out {'with inputs that are mixed' if mixed else 'for losses that compare activations'}.")
         if mixed and any(t.labels for t in self.terms):
             raise ValueError(f"The loss {next(t.name for t in self.terms if t.labels)} needs one class label for each input, which {self.learn.cbs} mixes; leave out the mixing, or use a loss without labels such as `SoftTarget`.")
+        if self.trying: self.undo.callback(self.teacher.snapshot())
         self.teacher.begin(self.learn)
+        guests = [unwrap(m) for m in self.teacher.models]  # a moving average is made only now
         self.undo.enter_context(self.teacher.on(find_device(self.xb), n_items=self._n_items()))
         self.teacher.reset()
         for t in self.terms:
-            if not hasattr(t.loss, 'build'): continue
+            if not t.trained: continue
             self.undo.callback(setattr, t, 'loss', t.loss)
             t.loss = copy.deepcopy(t.loss)  # for the parameters of this fit; the user's object stays as it is
             self.unbuilt.append(t)
@@ -330,15 +347,15 @@ class KnowledgeDistillationCallback(Callback):
         if logits or features:
             outs = [_plain(o) for o in self.teacher.run(*learn.xb, taps=self.taps[1] if features else None, logits=logits)]
         if features: acts = [{n: _plain(a) for n,a in taps.activations().items()} for taps in self.taps]
-        if not self.checked: self._check(pred, outs, acts[1])
         target,values = _plain(detuplify(learn.yb)),[]
+        if not self.checked: self._check(pred, target, outs, acts[1])
         offer = dict(self.offer, pred=pred, target=target, pct_train=learn.pct_train)
         if not isinstance(target, Tensor) or target.is_floating_point(): offer['ignore_index'] = None  # labels that are no class indices
         with torch.autocast(pred.device.type, enabled=False):
             for t in terms:
                 fm_s,fm_t = [{p: a[p[i]] for p in t.pairs} for i,a in enumerate(acts)] if t.features else ({},{})
                 if t in self.unbuilt: self._build(t, fm_s, fm_t)
-                if hasattr(t.loss, 'build'): t.loss.train(learn.training)  # it may have BatchNorm or dropout
+                if t.trained: t.loss.train(learn.training)  # it may have BatchNorm or dropout
                 T = getattr(t.loss, 'T', None)
                 teacher_pred = mean_logits(outs, T(learn.pct_train) if callable(T) else T, self.offer['axis']) if t.logits else None
                 value = t(teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, **offer)
@@ -346,8 +363,10 @@ class KnowledgeDistillationCallback(Callback):
                 values.append(value)
         return values
 
-    def _check(self, pred, outs, acts):
-        "On the first batch: do the teacher's outputs fit?"
+    def _check(self, pred, target, outs, acts):
+        "On the first batch: do the teacher's outputs fit, and where are the classes?"
+        if isinstance(target, Tensor) and pred.ndim == target.ndim+1 > 2 and pred.shape[:-1] != target.shape == pred.shape[:1]+pred.shape[2:]:
+            self.offer['axis'] = 1  # the shape of the labels says so where the loss function has no `axis`
         for out in outs:
             if out.shape != pred.shape:
                 raise ValueError(f"The student puts out logits of shape {tuple(pred.shape)} and the teacher {tuple(out.shape)}. Both must know the same classes in the same order: "
@@ -359,7 +378,9 @@ class KnowledgeDistillationCallback(Callback):
 
     def _build(self, term, fm_s, fm_t):
         "Make the parameters of a loss from the shapes of the first batch"
-        with torch.random.fork_rng(): term.loss.build(fm_s, fm_t)
+        if hasattr(term.loss, 'build'):
+            with torch.random.fork_rng(): term.loss.build(fm_s, fm_t)
+        else: term.loss.to(find_device(self.xb))
         if self.loaded: term.loss.load_state_dict(self.loaded['losses'][term.column])
         params = list(term.loss.parameters())
         if num_distrib() > 1:
@@ -373,7 +394,7 @@ class KnowledgeDistillationCallback(Callback):
     def state_dict(self) -> dict:
         "The parameters of the losses and the optimizer's state of them, of this fit or the last one: to be saved beside a checkpoint of the student, for training to go on from."
         if not self.own.params: return self.ended
-        losses = {t.column: t.loss.state_dict() for t in self.terms if hasattr(t.loss, 'build')}
+        losses = {t.column: t.loss.state_dict() for t in self.terms if t.trained}
         return copy.deepcopy({'losses': losses, 'opt': self.own.kept()})
 
     def load_state_dict(self, state:dict):
@@ -382,7 +403,7 @@ class KnowledgeDistillationCallback(Callback):
 
     def _n_items(self):
         "How many items training and validation have, where they can be counted"
-        try: return sum(len(dl.dataset) for dl in self.dls.loaders)
+        try: return sum(max(len(dl.dataset), getattr(dl, 'n', None) or 0) for dl in self.dls.loaders)
         except TypeError: return None
 
     def before_step(self): self.own.average()
@@ -402,8 +423,8 @@ class KnowledgeDistillationCallback(Callback):
 
     def after_epoch(self):
         "Keep the validation's means; a term that was 0 all through an epoch is hardly meant"
-        self.after_train()
         if not self.create_mbar: return
+        self.after_train()
         for m in self.learn.metrics:
             if isinstance(m, TermMetric): self.curves['valid'][m.column].append(float(m.value))
         start,end = (self.curves['steps'] or [0])[-1],len(self.curves['train']['label_loss'])
@@ -425,7 +446,7 @@ class KnowledgeDistillationCallback(Callback):
     def close(self):
         "Take back all that a fit changed, however it ended"
         self.forget()
-        if self.own.params: self.ended,self.loaded = self.state_dict(),None
+        if self.own.params and not self.trying: self.ended,self.loaded = self.state_dict(),None
         self.own.leave()
         self.undo.close()
         self.own,self.taps,self.unbuilt,self.checked,self.warned = LossParameters(),None,[],False,False
@@ -450,10 +471,11 @@ def _columns(learn, metrics):
 @patch
 def fit(self:Learner, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
     "Fit `self.model` for `n_epoch` using `cbs`, as fastai does; nothing of a distillation is left afterwards, however it ended."
+    kds = [cb for cb in L(cbs)+self.cbs if isinstance(cb, KnowledgeDistillationCallback)]
+    if len(kds) > 1: raise ValueError("There are two distillation callbacks in this fit (or one both in the learner and in `fit(cbs=)`): give one, with a list of losses or of teachers.")
     try: self._orig_fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
     finally:
-        for cb in L(cbs)+self.cbs:
-            if isinstance(cb, KnowledgeDistillationCallback): cb.close()
+        for cb in kds: cb.close()
 
 # %% ../nbs/03_callback.ipynb #693f206a
 @patch
@@ -473,6 +495,7 @@ def teacher_metrics(self:KnowledgeDistillationCallback,
 def plot_losses(self:KnowledgeDistillationCallback, **kwargs):
     "Plot the curve of each term of the last fit; `kwargs` go to `fastkd.plots.plot_losses`."
     from fastkd.plots import plot_losses
+    if not self.curves: raise ValueError("There has been no fit yet, so there are no curves.")
     return plot_losses(self.curves, **kwargs)
 
 # %% ../nbs/03_callback.ipynb #7632d404

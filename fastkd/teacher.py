@@ -51,6 +51,11 @@ def digest(
     return h.hexdigest()
 
 # %% ../nbs/02_teacher.ipynb #3205c842
+def _copied(model):
+    "A copy of `model`, of what it computes from its weights (`WeightDropout`, `weight_norm`) without the graph, which `deepcopy` refuses"
+    computed = {id(t): t.detach().clone() for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and t.grad_fn is not None}
+    return deepcopy(model, computed)
+
 class Teacher:
     """Run one model, or the mean of several, as a teacher.
 
@@ -134,6 +139,10 @@ class Teacher:
     def begin(self, learn):
         "Called at the start of a distillation in `learn`; nothing to do for a teacher that is already trained."
 
+    def snapshot(self):
+        "What puts a teacher that moves back to where it is now, as `lr_find` does with the student"
+        return noop
+
     def after_step(self, learn):
         "Called after each step of the student's optimizer; nothing to do for a teacher that stays as it is."
 
@@ -148,9 +157,12 @@ class Teacher:
         n_items:int=None # How many items the data have: a cache then refuses data that are different each time
     ):
         "Within the block the models are ready to run on `device`; afterwards each is back where it was. A model spread over several devices stays as it is."
+        if self.running is not None:  # within a fit
+            yield self
+            return
         moved = []
         try:
-            if self.dtype is not None: self.running = [deepcopy(m).to(device, self.dtype) if isinstance(m, nn.Module) else m for m in self.models]
+            if self.dtype is not None: self.running = [_copied(m).to(device, self.dtype) if isinstance(m, nn.Module) else m for m in self.models]
             else:
                 self.running = self.models
                 for m in self.models:
@@ -199,11 +211,19 @@ class EMATeacher(Teacher):
         student = unwrap(learn.model)
         if self.student is not None and self.student() is student: return
         self.student = weakref.ref(student)
-        self.average = AveragedModel(student, multi_avg_fn=self._average, use_buffers=True)
+        self.average = AveragedModel(_copied(student), multi_avg_fn=self._average, use_buffers=True)
         self.average.update_parameters(student)
         self.models = [self.average.module]
 
-    def after_step(self, learn): self.average.update_parameters(unwrap(learn.model))
+    def snapshot(self):
+        kept = self.student,self.average,self.models
+        self.student = None  # `begin` makes another average
+        def back(): self.student,self.average,self.models = kept
+        return back
+
+    def after_step(self, learn):
+        self.average.update_parameters(unwrap(learn.model))
+        if self.dtype is not None: self.running[0].load_state_dict(self.average.module.state_dict())  # the copy that runs
 
     @torch.no_grad()
     def _average(self, averages, values, n):
@@ -227,12 +247,26 @@ class PeerTeacher(Teacher):
         self.peer,self.loss,self.weight,self.label_weight,self.pred = peer,loss or Mutual(),weight,label_weight,None
 
     def begin(self, learn):
+        if hasattr(learn, 'gradient_accumulation'): raise ValueError("A peer makes its own step on each batch, so it cannot train with `GradientAccumulation`: leave it out, and choose another batch size.")
         if self.peer.opt is None: self.peer.create_opt()
         self.peer.model.to(find_device(learn.xb))
 
+    def snapshot(self):
+        if self.peer.opt is None: self.peer.create_opt()
+        model,opt = deepcopy(self.peer.model.state_dict()),deepcopy(self.peer.opt.state_dict())
+        def back():
+            self.peer.model.load_state_dict(model)
+            self.peer.opt.load_state_dict(opt)
+        return back
+
+    def reset(self):
+        super().reset()
+        self.pred = None
+
     def run(self, *xb, taps=None, logits=True):
         "The peer's logits: in training those of its own training step, in validation those of eval mode."
-        if not self.training or taps is not None: return super().run(*xb, taps=taps, logits=logits)
+        if taps is not None and self.training: raise ValueError("A peer teaches by its logits alone: leave out the losses that compare activations.")
+        if not self.training: return super().run(*xb, taps=taps, logits=logits)
         with torch.enable_grad(): self.pred = logits_of(self.peer.model.train()(*xb))
         return [self.pred.detach()]
 

@@ -109,6 +109,16 @@ def test_positions_are_rows():
         return 4*F.kl_div(F.log_softmax(s, 1), F.softmax(t, 1), reduction='batchmean').item()
     assert large == pytest.approx(by_hand(dls, slice(None)), rel=1e-4) and half == pytest.approx(by_hand(dls_half, slice(32,None)), rel=1e-4)
 
+def test_the_class_axis_of_a_users_own_loss_function():
+    "It has no `axis`: the shape of the labels says where the classes are"
+    student,teacher,dls = Segmenter(),Segmenter(6).eval(),masks(16)
+    learn = Learner(dls, student, loss_func=lambda p,y: F.cross_entropy(p, y), opt_func=SGD)
+    kd = KnowledgeDistillationCallback(teacher, SoftTarget(T=2))
+    quiet(learn).fit(1, lr=0, cbs=kd)
+    x = torch.stack([x for x,_ in dls.valid_ds])
+    with torch.no_grad(): s,t = [m(x).movedim(1,-1).reshape(-1,3)/2 for m in (student,teacher)]
+    assert kd.curves['valid']['kd_loss'][0] == pytest.approx(4*F.kl_div(F.log_softmax(s, 1), F.softmax(t, 1), reduction='batchmean').item(), rel=1e-4)
+
 def test_channel_wise_on_segmentation_logits():
     learn = Learner(masks(), Segmenter(), loss_func=CrossEntropyLossFlat(axis=1))
     trains(learn, KnowledgeDistillationCallback(Segmenter(6), ChannelWise, weight='paper'))
@@ -172,6 +182,15 @@ def test_the_teachers_hidden_state_is_reset_with_the_students(texts):
     quiet(student).fit(1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget))
     assert events.count('teacher') >= 3  # training, validation, the end
     assert all(float(o.abs().sum()) == 0 for h in teacher[0].hidden for o in h)
+
+def test_recurrent_teachers_that_are_copies(texts):
+    "In half precision, and as the student's own average: fastai's `WeightDropout` computes weights, which `deepcopy` refuses"
+    dls = text_dls(texts, True)
+    def lm(n=12): return language_model_learner(dls, AWD_LSTM, config=small(awd_lstm_lm_config, n_hid=n), pretrained=False)
+    teacher = lm(16)
+    quiet(teacher).fit(1)
+    trains(lm(), KnowledgeDistillationCallback(Teacher(teacher, dtype=torch.bfloat16), SoftTarget))
+    trains(lm(), KnowledgeDistillationCallback(EMATeacher(.9), SoftTarget))
 
 def test_text_classifier(texts):
     dls = text_dls(texts, False)

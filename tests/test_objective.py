@@ -2,6 +2,7 @@
 import math, pytest, torch
 import torch.nn.functional as F
 from torch import nn
+from fastai.basics import Callback, CancelEpochException
 from fastai.callback.schedule import SchedCos, SchedLin, combine_scheds
 from fastai.metrics import accuracy
 from fastkd.all import *
@@ -195,3 +196,64 @@ def test_a_last_batch_of_one_row_does_not_end_the_fit():
     kd = KnowledgeDistillationCallback(net(width=6, seed=7), [RKD,Similarity,PKT], ['conv2'], ['conv2'], weight=.1)
     learner(batches(n_valid=9)).fit(1, cbs=kd)
     assert all(math.isfinite(c[0]) and c[0] > 0 for c in kd.curves['valid'].values())
+
+class Mine(nn.Module):
+    "A user's loss with parameters that are there from the start"
+    def __init__(self): super().__init__(); torch.manual_seed(5); self.map = nn.Linear(3, 3)
+    def forward(self, pred, teacher_pred): return F.mse_loss(self.map(pred), teacher_pred)
+
+def test_parameters_that_a_loss_comes_with_are_trained():
+    dls,mine,theirs,teacher = pair()
+    loss,by_hand = Mine(),Mine()
+    end = []
+    class Watch(Callback):
+        order = 30
+        def after_train(self): end.extend(p.detach().clone() for p in kd.own.params)
+    kd = KnowledgeDistillationCallback(teacher, loss)
+    learner(dls, mine).fit(1, cbs=[kd, Watch()])
+    for x,y in dls.train:
+        z = theirs.train()(x)
+        grads = torch.autograd.grad(.5*F.cross_entropy(z, y) + .5*by_hand(z, teacher(x).detach()), [*theirs.parameters(), *by_hand.parameters()])
+        with torch.no_grad():
+            for p,g in zip([*theirs.parameters(), *by_hand.parameters()], grads): p -= .1*g
+    close(weights(theirs), weights(mine))
+    assert all(torch.allclose(a, b) for a,b in zip(end, by_hand.parameters()))
+    assert torch.equal(loss.map.weight, Mine().map.weight)  # the user's object stays as it is
+
+def test_validating_in_the_middle_of_an_epoch_keeps_the_losses_parameters_in_training():
+    sizes = []
+    class Peek(Callback):
+        order = 70
+        def after_batch(self):
+            if self.training and self.create_mbar:
+                sizes.append(len(self.opt.param_lists[-1]))
+                self.learn.validate()
+                self.learn.dl = self.dls.train; self.learn.training = True; self.model.train()
+    learn = learner()
+    learn.fit(1, cbs=[KnowledgeDistillationCallback(net(width=6, seed=7), FitNet, ['conv2'], ['conv2']), Peek()])
+    assert len(set(sizes)) == 1 and sizes[0] > len(list(learn.model.parameters()))
+
+def test_an_epoch_that_was_cut_short_has_no_validation_means():
+    class Cut(Callback):
+        order = 5
+        def after_batch(self):
+            if self.training and self.epoch == 1: raise CancelEpochException()
+    kd = KnowledgeDistillationCallback(net(width=6, seed=7), SoftTarget)
+    learner().fit(2, cbs=[kd, Cut()])
+    first,second = kd.curves['valid']['kd_loss']
+    assert first > 0 and math.isnan(second)
+
+def test_lr_find_does_not_use_up_a_state():
+    def kd(): return KnowledgeDistillationCallback(net(width=6, seed=7), FitNet, ['conv2'], ['conv2'])
+    first = kd(); learner().fit(1, cbs=first)
+    state,again = first.state_dict(),kd()
+    again.load_state_dict(state)
+    learn = learner(cbs=again)
+    learn.lr_find(num_it=3, show_plot=False)
+    started = []
+    class Watch(Callback):
+        order = 30
+        def before_backward(self): started.append([p.detach().clone() for p in again.own.params])
+    learn.fit(1, cbs=Watch())
+    kept = [v for k,v in state['losses']['kd_loss'].items() if 'running' not in k and 'num_batches' not in k]
+    assert all(torch.equal(a, b) for a,b in zip(started[0], kept))

@@ -1,5 +1,5 @@
 "Promise 8: what cannot work is refused at the start of the fit, with the cure in the message"
-import math, pytest, torch
+import copy, math, pytest, torch
 import torch.nn.functional as F
 from torch import nn
 from fastai.callback.mixup import MixUp
@@ -135,3 +135,24 @@ def test_left_out_the_pairs_are_found_and_said(capsys):
     kd = KnowledgeDistillationCallback(net(width=6, seed=7), Attention)
     learner().fit(1, cbs=kd)
     assert kd.pairs and 'Pairs of layers' in capsys.readouterr().out
+
+def test_two_callbacks_in_one_fit():
+    kd = KnowledgeDistillationCallback(net(), SoftTarget)
+    learn = learner(cbs=kd)
+    for other in (kd, KnowledgeDistillationCallback(net(), Logits)):
+        with pytest.raises(ValueError, match='two distillation callbacks'): learn.fit(1, cbs=other)
+    learn.fit(1)
+
+def test_a_copy_would_be_empty():
+    kd = KnowledgeDistillationCallback(net(), SoftTarget)
+    for f in (copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match='make another'): f(kd)
+
+@pytest.mark.parametrize('loss', [nn.MSELoss(), nn.KLDivLoss(), F.kl_div, lambda pred, teacher_logits: 0.], ids=str)
+def test_a_loss_that_asks_for_other_arguments(loss): refused(TypeError, 'wrap it|takes none', net(), loss)
+
+@pytest.mark.parametrize('schedule', [lambda p: 4., lambda p: -1.])
+def test_a_schedule_that_makes_a_weight_negative(schedule): refused(ValueError, 'negative weight', net(), SoftTarget, schedule=schedule)
+
+def test_no_curves_before_a_fit():
+    with pytest.raises(ValueError, match='no fit'): KnowledgeDistillationCallback(net(), SoftTarget).plot_losses()

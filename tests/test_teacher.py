@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from fastai.basics import DataLoader, DataLoaders, Callback, CrossEntropyLossFlat, accuracy
 from fastai.callback.mixup import MixUp
+from fastai.callback.training import GradientAccumulation
 from fastkd.all import *
 from fastkd.cache import LogitsCache
 from conftest import batches, hooks, learner, net, same, weights
@@ -218,6 +219,52 @@ def test_ema_teacher_is_the_moving_average(tmp_path):
     before = len(history)
     learn.fit(1, cbs=KnowledgeDistillationCallback(ema, SoftTarget))
     assert unwrap(learn.model) is not ema.model and before
+
+@pytest.mark.parametrize('moving', ['average','peer'])
+def test_lr_find_puts_a_moving_teacher_back(moving):
+    learn,peer = learner(batches(shuffle=False), net(seed=1)),learner(batches(shuffle=False), net(width=5, seed=2))
+    teacher = EMATeacher(.9) if moving == 'average' else PeerTeacher(peer)
+    learn.add_cb(KnowledgeDistillationCallback(teacher, SoftTarget))
+    learn.fit(1)
+    before = weights(teacher.models[0])
+    learn.lr_find(end_lr=1e4, num_it=6, show_plot=False)
+    assert same(before, weights(teacher.models[0]))
+
+def test_a_moving_average_in_half_precision_moves():
+    learn,ema = learner(batches(shuffle=False), net(seed=1)),EMATeacher(.5, dtype=torch.bfloat16)
+    gaps = []
+    class Watch(Callback):
+        order = 30
+        def after_step(self): gaps.append(max((a.float()-b.float()).abs().max().item() for a,b in zip(ema.running[0].parameters(), ema.average.module.parameters())))
+    learn.fit(2, lr=1., cbs=[KnowledgeDistillationCallback(ema, SoftTarget), Watch()])
+    assert max(gaps) < .02  # rounding, and no more
+
+def test_a_moving_average_teaches_by_its_activations():
+    learn = learner(batches(shuffle=False), net(seed=1))
+    kd = KnowledgeDistillationCallback(EMATeacher(.9), [SoftTarget,Attention], ['conv2'], ['conv2'], weight=.3)
+    learn.fit(2, cbs=kd)
+    assert any(v > 0 for v in kd.curves['train']['attention_loss']) and not hooks(learn.model, *kd.teacher.models)
+
+def test_what_a_peer_cannot_do_is_refused():
+    peer = learner(batches(shuffle=False), net(seed=2))
+    with pytest.raises(ValueError, match='logits alone'): fitted(PeerTeacher(peer), loss=[SoftTarget,Attention(layers={'conv2':'conv2'})])
+    with pytest.raises(ValueError, match='GradientAccumulation'): fitted(PeerTeacher(peer), cbs=[GradientAccumulation(16)])
+    assert not hooks(peer.model)
+
+def test_a_table_without_continuous_columns_has_keys():
+    from fastkd.cache import row_keys
+    cat = torch.arange(6).reshape(3,2)
+    assert len(set(row_keys(cat, torch.empty(3,0)).tolist())) == 3
+
+def test_metrics_in_the_middle_of_a_fit_leave_the_teacher_on():
+    kept = []
+    class Ask(Callback):
+        order = 30
+        def after_batch(self):
+            if self.training and self.iter == 0: kd.teacher_metrics(); kept.append(kd.teacher.running[0])
+    kd = KnowledgeDistillationCallback(Teacher(net(width=6, seed=7), dtype=torch.bfloat16), SoftTarget)
+    learner(batches(shuffle=False), net(seed=1)).fit(2, cbs=[kd, Ask()])
+    assert len(kept) == 2 and kept[0] is kept[1]
 
 def test_ema_teacher_refuses_a_cache():
     with pytest.raises(ValueError, match='cached'): EMATeacher(cache=True)

@@ -323,6 +323,8 @@ class KnowledgeDistillationCallback(Callback):
         if self.asked and not features: warnings.warn(f"Layers are named, but none of the losses {[t.name for t in self.terms]} compares activations.")
         if features and not isinstance(guests[0], nn.Module):
             raise ValueError(f"The loss {features[0].name} compares activations, but the teacher is a {type(guests[0]).__name__}, which has no layers; give an `nn.Module`.")
+        if features and isinstance(self.model, nn.DataParallel) and len(self.model.device_ids) > 1:
+            raise ValueError(f"The loss {features[0].name} compares activations, of which `DataParallel` on several devices leaves those of one: use `DistributedDataParallel` (`learn.distrib_ctx()`).")
         matched = None
         for t in features:
             layers = getattr(t.loss, 'layers', None)

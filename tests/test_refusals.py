@@ -156,3 +156,8 @@ def test_a_schedule_that_makes_a_weight_negative(schedule): refused(ValueError, 
 
 def test_no_curves_before_a_fit():
     with pytest.raises(ValueError, match='no fit'): KnowledgeDistillationCallback(net(), SoftTarget).plot_losses()
+
+def test_activations_of_a_student_on_several_devices():
+    model = nn.DataParallel(net())
+    model.device_ids = [0,1]  # as with two GPUs
+    with pytest.raises(ValueError, match='distrib_ctx'): learner(model=model).fit(1, cbs=[KnowledgeDistillationCallback(net(), Attention, 'conv1', 'conv1')])

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from fastai.basics import DataLoader, DataLoaders, Callback, CrossEntropyLossFlat, accuracy
 from fastai.callback.mixup import MixUp
+from fastai.distributed import DistributedDL
 from fastai.callback.training import GradientAccumulation
 from fastkd.all import *
 from fastkd.cache import LogitsCache
@@ -46,11 +47,16 @@ def loaders():
     yield 'drop_last', DataLoader(train, shuffle=True, drop_last=True, num_workers=0, **kw),DataLoader(valid, num_workers=0, **kw)
     yield 'batch of 1', DataLoader(train, shuffle=True, bs=1, num_workers=0, device='cpu'),DataLoader(valid, num_workers=0, **kw)
     yield 'weighted', Weighted(train, num_workers=0, **kw),DataLoader(valid, num_workers=0, **kw)
+    for rank in range(2): yield f'distributed, rank {rank}',Distributed(DataLoader(train, shuffle=True, num_workers=0, **kw), rank, 2),DataLoader(valid, num_workers=0, **kw)
     yield "PyTorch's", torch.utils.data.DataLoader(train, batch_size=8, shuffle=True),torch.utils.data.DataLoader(valid, batch_size=8)
 
 class Weighted(DataLoader):
     "Draws with replacement"
     def get_idxs(self): return torch.randint(len(self.dataset), (len(self.dataset),)).tolist()
+
+class Distributed(DistributedDL):
+    "One process's share of the items, without the others to agree with"
+    def _broadcast(self, t, rank): return t
 
 @pytest.mark.parametrize('place', ['memory','folder'])
 @pytest.mark.parametrize('name,train,valid', loaders(), ids=lambda o: o if isinstance(o, str) else '')

@@ -72,3 +72,21 @@ def test_saved_models_hold_the_student_only(tmp_path):
 def test_the_callback_itself_pickles_to_an_empty_one():
     kd = KnowledgeDistillationCallback(big(), SoftTarget)
     assert type(pickle.loads(pickle.dumps(kd))) is Callback and len(pickle.dumps(kd)) < 200
+
+@pytest.mark.parametrize('own', [True, False], ids=['Learner(cbs=)','fit(cbs=)'])
+def test_an_export_in_the_middle_of_a_fit(tmp_path, own):
+    "As of a callback that exports the best model at the end of an epoch"
+    class KeepBest(Callback):
+        order = 70
+        def after_epoch(self):
+            if self.epoch == 0:
+                learn = self.learn
+                learn.remove_cb(self)  # a test's class cannot be loaded elsewhere
+                learn.export('mid.pkl')
+    kd = KnowledgeDistillationCallback(big(), [SoftTarget,FitNet], 'bn1', 'bn1')
+    learn = exported(tmp_path, 'mid', **({'cbs': kd} if own else {}))
+    learn.fit(2, cbs=[KeepBest()] + ([] if own else [kd]))
+    assert b'fastkd' not in (tmp_path/'mid.pkl').read_bytes() and (tmp_path/'mid.pkl').stat().st_size < 100_000
+    code = f"import sys; sys.modules['fastkd'] = None\nfrom fastai.basics import load_learner\nprint(type(load_learner({str(tmp_path/'mid.pkl')!r}).model).__name__)"
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    assert done.stdout.strip().endswith('Sequential'), done.stderr

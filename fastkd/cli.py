@@ -29,13 +29,14 @@ def run(
     device:str=None, # cpu or cuda; a GPU where there is one if left out
     data:str=None, # Folder with the data, in place of a download
     out:str=None, # Folder for teacher and results; runs/RECIPE if left out
-    statistics:bool=False # Keep mean and standard deviation of each parameter and its gradient, for each epoch?
+    statistics:bool=False, # Keep mean and standard deviation of each parameter and its gradient, for each epoch?
+    bf16:bool=False # Train in bfloat16 mixed precision, images channels-last, with a bfloat16 teacher?
 ):
     "Train a teacher once, then the student with each method and seed; a command that was stopped goes on where it was."
     from fastkd.compare import compare, split_methods
     if seeds < 1: raise ValueError(f"The number of seeds must be 1 or more, not {seeds}.")
     out = out or f'runs/{recipe}'
-    compare(recipe, split_methods(methods) if methods else None, seeds, epochs, teacher_epochs, device, data, out, statistics)
+    compare(recipe, split_methods(methods) if methods else None, seeds, epochs, teacher_epochs, device, data, out, statistics, bf16)
     print()
     table(out)
     plot(out)

@@ -15,17 +15,20 @@ from torch import nn
 from fastcore.basics import noop, IN_NOTEBOOK
 from fastai.basics import Callback, CrossEntropyLossFlat, Learner, accuracy, set_seed
 from fastai.callback import schedule as _schedule
+from fastai.callback.channelslast import ChannelsLast
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
 from fastai.optimizer import Adam
 from fastprogress import progress_bar
 from . import feature_losses, losses
 from .callback import KnowledgeDistillationCallback, Term
 from .recipes import Fit, MissingData, Parts, Recipe, recipes
+from .teacher import Teacher
 
 # %% auto #0
 __all__ = ['methods', 'schedules', 'describe', 'Method', 'loss_class', 'split_methods', 'method', 'Results', 'digest',
-           'circumstances', 'Clock', 'Statistics', 'train', 'trained_teacher', 'find_recipe', 'compare', 'holm',
-           'paired', 'table', 'markdown', 'caption', 'chart', 'overtakes', 'curves']
+           'circumstances', 'Clock', 'Statistics', 'Bfloat16', 'train', 'trained_teacher', 'find_recipe', 'compare',
+           'holm', 'paired', 'table', 'markdown', 'caption', 'chart', 'overtakes', 'curves']
 
 # %% ../nbs/05_compare.ipynb #6306f94b
 #: name: (class of the loss, its arguments, arguments of the callback)
@@ -86,7 +89,7 @@ class Method:
         if self.loss: self.callback(nn.Identity())  # complains about weights that do not fit, now and not after the teacher's training
 
     def callback(self,
-        teacher, # The teacher
+        teacher, # The teacher, a model or a `Teacher`
         layers:tuple=None # Layers of the student and of the teacher, for losses that compare activations
     ):
         "The callback that distils in this way."
@@ -247,6 +250,14 @@ class Statistics(Callback):
                 self.kept[n][k+'mean'].append(_number(None if t is None else t.mean()))
                 self.kept[n][k+'sd'].append(_number(None if t is None else t.std(correction=0)))
 
+# %% ../nbs/05_compare.ipynb #2be13f3e
+class Bfloat16(MixedPrecision):
+    "fastai's mixed precision in bfloat16, on the CPU too, where fastai would turn it on for 'cuda'."
+    def __init__(self): super().__init__('bf16')
+    def before_fit(self):
+        super().before_fit()
+        self.autocast = torch.autocast(self.dls.device.type, torch.bfloat16)
+
 # %% ../nbs/05_compare.ipynb #97a8c7dc
 def _number(x): return None if x is None or not math.isfinite(x) else round(float(x), 6)
 
@@ -266,7 +277,8 @@ def train(
     seed:int, # Of the weights, the order of the batches, dropout and augmentation
     callback=None, # The distillation
     statistics:bool=False, # Keep statistics of parameters and gradients?
-    tick:callable=noop # Called after each epoch
+    tick:callable=noop, # Called after each epoch
+    bf16:bool=False # Train in bfloat16 mixed precision, images channels-last?
 ) -> tuple:
     "Train one model; returns the `Learner`, and what happened as plain data."
     set_seed(seed)
@@ -275,6 +287,7 @@ def train(
     learn = Learner(dls, model(), CrossEntropyLossFlat(), opt_func=partial(Adam, wd=fit.wd, mom=fit.betas[0], sqr_mom=fit.betas[1], eps=fit.eps), lr=fit.lr, metrics=accuracy, train_bn=True)
     learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, ProgressCallback)])
     learn.logger = noop
+    if bf16: learn.add_cbs([ChannelsLast(), Bfloat16()])
     kept = Statistics() if statistics else None
     cbs = [cb for cb in (clock,kept,callback) if cb]
     if fit.one_cycle: learn.fit_one_cycle(fit.epochs, fit.lr, cbs=cbs)
@@ -300,7 +313,8 @@ def trained_teacher(
     settings:dict, # What the weights depend on
     out, # Folder where it is kept
     seed:int=0, # Seed of its training
-    tick:callable=noop # Called after each epoch
+    tick:callable=noop, # Called after each epoch
+    bf16:bool=False # Train in bfloat16 mixed precision?
 ) -> tuple:
     "The recipe's teacher, from `out` where it was trained before, and what is known of it."
     path = Path(out)/f'teacher-{digest(settings)}.pth'
@@ -312,7 +326,7 @@ def trained_teacher(
             model.load_state_dict(kept['state'])
         except Exception: raise ValueError(f"The teacher in {path} is damaged or of other settings: delete that file to train it again.") from None
         return model, json.loads(kept['run'])
-    learn,run = train(recipe.teacher, dls, recipe.teacher_fit, seed, tick=tick)
+    learn,run = train(recipe.teacher, dls, recipe.teacher_fit, seed, tick=tick, bf16=bf16)
     state = {k: v.cpu() for k,v in learn.model.state_dict().items()}
     run.update(checksum=_checksum(state), seed=seed)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -354,6 +368,7 @@ def compare(
     data=None, # Folder with the data, in place of a download
     out=None, # Folder where teacher and results are kept, and looked for; `runs/<recipe>` by default
     statistics:bool=False, # Keep mean and standard deviation of each parameter and its gradient, for each epoch?
+    bf16:bool=False, # Train in bfloat16 mixed precision, images channels-last, with a bfloat16 teacher?
     show:bool=True # Show a progress bar?
 ) -> pd.DataFrame:
     "Train the teacher once, then the student with each method and seed; what is finished already is not run again. One row a run; see `table` and `chart`."
@@ -369,7 +384,7 @@ def compare(
     device = _device(device)
     parts = recipe.data(data)
     results = Results(Path(out or Path('runs')/recipe.name)/'results.jsonl')
-    base = dict(recipe=recipe.name, data=[parts.name, *[len(p[1]) for p in (parts.train,parts.valid,parts.test)], digest(parts.test[1].tolist())], device=device.type)
+    base = dict(recipe=recipe.name, data=[parts.name, *[len(p[1]) for p in (parts.train,parts.valid,parts.test)], digest(parts.test[1].tolist())], device=device.type, **(dict(bf16=True) if bf16 else {}))
     settings = dict(base, fit=vars(recipe.teacher_fit), model=_shape(recipe.teacher), augment=describe(recipe.augment), seed=0)
     n_teacher = 0 if (results.path.parent/f'teacher-{digest(settings)}.pth').exists() else recipe.teacher_fit.epochs
 
@@ -383,14 +398,16 @@ def compare(
         fit_of = lambda m: replace(recipe.student_fit, epochs=m.epochs or recipe.student_fit.epochs)
         bar = _Bar(n_teacher + sum(fit_of(m).epochs for m,_ in todo), show)
         bar.name('teacher')
-        teacher,known = trained_teacher(recipe, parts.dls(recipe.teacher_fit.bs, device, recipe.augment), settings, results.path.parent, tick=bar.tick)
+        teacher,known = trained_teacher(recipe, parts.dls(recipe.teacher_fit.bs, device, recipe.augment), settings, results.path.parent, tick=bar.tick, bf16=bf16)
         teacher.to(device)
+        # a cache of its own for each run: with a shared one, a run's numbers would depend on those before it
+        run_teacher = lambda: Teacher(teacher, dtype=torch.bfloat16 if bf16 else None, channels_last=bf16, cache=parts.batch_of is None)
         dls = parts.dls(recipe.student_fit.bs, device)
         for m,s in todo:
             bar.name(f'{m.name}, seed {s}')
-            try: _,run = train(recipe.student, dls, fit_of(m), s, m.callback(teacher, recipe.layers) if m.loss else None, statistics, bar.tick)
+            try: _,run = train(recipe.student, dls, fit_of(m), s, m.callback(run_teacher(), recipe.layers) if m.loss else None, statistics, bar.tick, bf16)
             except ValueError as e: raise ValueError(f"{m.name}: {str(e).split(chr(10)+chr(9))[-1]}") from e  # fastai puts a line before the message
-            run = dict(key=keys[m.name,s], comparison=digest(base), method=m.name, seed=s, **run, recipe=recipe.name, data=base['data'], device=_device_name(device),
+            run = dict(key=keys[m.name,s], comparison=digest(base), method=m.name, seed=s, **run, recipe=recipe.name, data=base['data'], device=_device_name(device), bf16=bf16,
                 settings=dict(fit=vars(fit_of(m)), method=m.settings()), layers=recipe.layers, teacher={k: known[k] for k in ('accuracy','parameters','checksum','seed')},
                 teacher_fit=vars(recipe.teacher_fit), **circumstances(), when=time.strftime('%Y-%m-%dT%H:%M:%S%z'))
             results.append(run)
@@ -494,7 +511,7 @@ def caption(
     r = runs.iloc[0]
     n = runs.groupby('method').seed.nunique()
     return (f"{r['data'][0]}: accuracy on {r['data'][3]:,} test rows that trained no model and chose no setting; student trained for {r.settings['fit']['epochs']} epochs on {r['data'][1]:,} rows, "
-        f"teacher for {r.teacher_fit['epochs']} on the same; mean ± standard deviation over {n.min() if n.nunique() == 1 else f'{n.min()} to {n.max()}'} seeds, differences within seeds; {r.device}, torch {r.versions['torch']}.")
+        f"teacher for {r.teacher_fit['epochs']} on the same; mean ± standard deviation over {n.min() if n.nunique() == 1 else f'{n.min()} to {n.max()}'} seeds, differences within seeds; {r.device}{', bfloat16' if r.get('bf16') else ''}, torch {r.versions['torch']}.")
 
 # %% ../nbs/05_compare.ipynb #0cc08882
 def chart(

@@ -88,12 +88,15 @@ class Method:
         self.loss = [o() if isinstance(o, type) else o for o in loss]
         if self.loss: self.callback(nn.Identity())  # complains about weights that do not fit, now and not after the teacher's training
 
+    @property
+    def features(self): return any(Term(o).features for o in self.loss)
+
     def callback(self,
         teacher, # The teacher, a model or a `Teacher`
         layers:tuple=None # Layers of the student and of the teacher, for losses that compare activations
     ):
         "The callback that distils in this way."
-        loss,layers = list(self.loss),layers if any(Term(o).features for o in self.loss) else None
+        loss,layers = list(self.loss),layers if self.features else None
         for i,o in enumerate(loss):
             if layers and type(o).__name__ in _last_stage and not o.layers:
                 loss[i] = copy.deepcopy(o)
@@ -401,11 +404,11 @@ def compare(
         teacher,known = trained_teacher(recipe, parts.dls(recipe.teacher_fit.bs, device, recipe.augment), settings, results.path.parent, tick=bar.tick, bf16=bf16)
         teacher.to(device)
         # a cache of its own for each run: with a shared one, a run's numbers would depend on those before it
-        run_teacher = lambda: Teacher(teacher, dtype=torch.bfloat16 if bf16 else None, channels_last=bf16, cache=parts.batch_of is None)
+        run_teacher = lambda m: Teacher(teacher, dtype=torch.bfloat16 if bf16 else None, channels_last=bf16, cache=parts.batch_of is None and not m.features)
         dls = parts.dls(recipe.student_fit.bs, device)
         for m,s in todo:
             bar.name(f'{m.name}, seed {s}')
-            try: _,run = train(recipe.student, dls, fit_of(m), s, m.callback(run_teacher(), recipe.layers) if m.loss else None, statistics, bar.tick, bf16)
+            try: _,run = train(recipe.student, dls, fit_of(m), s, m.callback(run_teacher(m), recipe.layers) if m.loss else None, statistics, bar.tick, bf16)
             except ValueError as e: raise ValueError(f"{m.name}: {str(e).split(chr(10)+chr(9))[-1]}") from e  # fastai puts a line before the message
             run = dict(key=keys[m.name,s], comparison=digest(base), method=m.name, seed=s, **run, recipe=recipe.name, data=base['data'], device=_device_name(device), bf16=bf16,
                 settings=dict(fit=vars(fit_of(m)), method=m.settings()), layers=recipe.layers, teacher={k: known[k] for k in ('accuracy','parameters','checksum','seed')},

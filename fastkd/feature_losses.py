@@ -139,10 +139,14 @@ class NST(FeatureLoss):
     def pair_loss(self, s, t):
         s,t = same_size(s, t)
         if s.ndim == 2: raise ValueError("NST compares the maps of channels, and vectors `(B, c)` have none: name layers before the pooling.")
-        s,t = unit(s.flatten(2)), unit(t.flatten(2))
+        s,t = s.flatten(2),t.flatten(2)
         if s.shape[2] < min(s.shape[1], t.shape[1]): # fewer places than channels
+            s,t = unit(s),unit(t)
             return (s.mT@s/s.shape[1] - t.mT@t/t.shape[1]).square().sum((1,2)).mean()
-        return (t@t.mT).square().mean() + (s@s.mT).square().mean() - 2*(s@t.mT).square().mean()
+        ss,tt,st = s@s.mT,t@t.mT,s@t.mT # and no copies of the maps with unit norm: what is squared is small
+        i,j = (o.diagonal(dim1=1, dim2=2).clamp(min=1e-24).rsqrt() for o in (ss,tt))
+        k = lambda o, a, b: (o*a[:,:,None]*b[:,None]).square().mean()
+        return k(tt, j, j) + k(ss, i, i) - 2*k(st, i, j)
 
 # %% ../nbs/00b_feature_losses.ipynb #061224cd
 class TrainedFeatureLoss(FeatureLoss):

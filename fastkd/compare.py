@@ -2,7 +2,7 @@
 
 # %% ../nbs/05_compare.ipynb #73105121
 from __future__ import annotations
-import ast, copy, hashlib, json, math, os, platform, re, subprocess, sys, time, types
+import ast, copy, hashlib, json, math, os, platform, re, subprocess, sys, time, types, warnings
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import lru_cache, partial
@@ -258,7 +258,9 @@ class Bfloat16(MixedPrecision):
     "fastai's mixed precision in bfloat16, on the CPU too, where fastai would turn it on for 'cuda'."
     def __init__(self): super().__init__('bf16')
     def before_fit(self):
-        super().before_fit()
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # "CUDA is not available": no news here
+            super().before_fit()
         self.autocast = torch.autocast(self.dls.device.type, torch.bfloat16)
 
 # %% ../nbs/05_compare.ipynb #97a8c7dc

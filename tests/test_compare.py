@@ -1,12 +1,13 @@
 "Runs, results and statistics of a comparison"
 import json
+from dataclasses import replace
 from functools import partial
 import numpy as np, pandas as pd, pytest, torch
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner
 from fastai.callback.schedule import SchedCos, combine_scheds
 from fastai.optimizer import Adam
 from fastkd.callback import KnowledgeDistillationCallback
-from fastkd.compare import (Method, Results, chart, compare, curves, describe, holm, loss_class, markdown, method, methods, overtakes, paired, table, train)
+from fastkd.compare import (Method, Results, caption, chart, compare, curves, describe, holm, loss_class, markdown, method, methods, overtakes, paired, table, train)
 from fastkd.losses import Attention, Logits, SoftTarget
 from fastkd.recipes import ArrayLoader, Fit, Parts, Recipe, perceptron, pytorch_adam
 
@@ -78,6 +79,50 @@ def test_the_teacher_is_trained_once_and_kept(finished):
     out,runs = finished
     assert len(list(out.glob('teacher-*.pth'))) == 1
     assert len({t['checksum'] for t in runs.teacher}) == 1
+
+class Counting(torch.nn.Sequential):
+    "A teacher that counts the rows that it is asked about when it is no longer trained"
+    rows = 0
+    def forward(self, x):
+        if not self.training: Counting.rows += len(x)
+        return super().forward(x)
+
+def counting(): return Counting(*perceptron(2, 16, 3))
+
+def rows_asked(recipe, loss, out):
+    "Rows that the teacher is asked about in five epochs of 60 rows, and the run"
+    compare(recipe, ['soft'], [9], epochs=1, device='cpu', out=out, show=False)  # trains the teacher
+    Counting.rows = 0
+    runs = compare(recipe, [loss], 1, epochs=5, device='cpu', out=out, show=False)
+    return Counting.rows, runs
+
+@pytest.mark.parametrize('loss,rows', [('soft',60), ('fitnet',300), ('soft+fitnet',300)])
+def test_a_teacher_that_is_always_asked_the_same_is_asked_once(loss, rows, tmp_path):
+    "and one whose activations are compared, in each epoch"
+    asked,runs = rows_asked(replace(recipe, teacher=counting), loss, tmp_path/'fixed')
+    assert asked == rows
+    if loss != 'soft': return
+
+    def cropped(xs, idxs, rng=None): return xs[idxs]  # data that may be others in each epoch
+    asked,again = rows_asked(replace(recipe, teacher=counting, data=lambda folder: replace(blobs(), batch_of=cropped)), loss, tmp_path/'cropped')
+    assert asked == 300
+    for name,values in runs.log[0].items(): assert values == pytest.approx(again.log[0][name], abs=1e-5)
+
+def test_bfloat16(finished, tmp_path):
+    "is another comparison, which ends near the one in single precision, with the same weights at its start"
+    dtypes = []
+    def student():
+        model = recipe.student()
+        model[1].register_forward_hook(lambda m, i, o: dtypes.append((m.weight.dtype, o.dtype)))
+        return model
+    bf16 = compare(replace(recipe, student=student), ['none','soft','fitnet'], 3, device='cpu', out=tmp_path, bf16=True, show=False)
+    single = finished[1]
+    assert set(dtypes) == {(torch.float32, torch.bfloat16)}
+    assert set(bf16.key).isdisjoint(single.key) and set(bf16.comparison).isdisjoint(single.comparison)
+    for a,b in zip(bf16.log, single.log):
+        assert a['train_loss'] != b['train_loss']
+        assert a['train_loss'] == pytest.approx(b['train_loss'], rel=0.03)
+    assert 'bfloat16' in caption(bf16) and 'bfloat16' not in caption(single)
 
 def test_nothing_is_run_again(finished, monkeypatch):
     out,runs = finished

@@ -4,7 +4,7 @@ from torch import nn, tensor
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 from fastkd.losses import *
-from fastkd.losses import softmax_kl
+from fastkd.losses import mean_softmax_kl, softmax_kl
 
 torch.set_num_threads(1)
 inf = float('inf')
@@ -193,6 +193,25 @@ def test_soft_target_is_zero_and_stationary_at_the_teacher(T):
         s = rand(64,100,dtype=dtype)
         value,g = grad(SoftTarget(T=T), s, s)
         assert value == 0 and (g == 0).all()
+
+def test_mean_softmax_kl_is_the_mean_of_the_rows():
+    for shape in ((6,5), (2,3,5)):
+        s,t = rand(*shape).requires_grad_(), rand(*shape, seed=1)
+        assert mean_softmax_kl(s, t, 3.).item() == pytest.approx(9*softmax_kl(s, t, 3.).mean().item(), rel=1e-12)
+        for create_graph in (False,True):
+            got,want = (torch.autograd.grad(l, s, create_graph=create_graph)[0] for l in (mean_softmax_kl(s, t, 3.), 9*softmax_kl(s, t, 3.).mean()))
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-15)
+        assert gradcheck(lambda s: mean_softmax_kl(s, t, 3.), s) and gradgradcheck(lambda s: mean_softmax_kl(s, t, 3.), s)
+    none = torch.zeros(0,5, requires_grad=True)
+    mean_softmax_kl(none, torch.zeros(0,5)).backward()
+    assert none.grad.shape == (0,5)
+
+def test_a_logit_that_is_no_number_shows():
+    for f in (softmax_kl, mean_softmax_kl):
+        for i in range(2):
+            z = [rand(2,5), rand(2,5,seed=1)]
+            z[i][0,2] = math.nan
+            assert f(*z).isnan().any()
 
 def test_soft_target_near_equal_logits_do_not_go_negative():
     "The plain sum of single precision is off by 1e-7 a row, either sign; times T² that is 1e-3 at T=100"

@@ -394,7 +394,8 @@ def compare(
     n_teacher = 0 if (results.path.parent/f'teacher-{digest(settings)}.pth').exists() else recipe.teacher_fit.epochs
 
     # the teacher's weights are not known before it is trained, but its settings are: they stand for it
-    base = dict(base, fit=vars(recipe.student_fit), student=_shape(recipe.student), layers=recipe.layers, teacher=digest(settings))
+    base = dict(base, fit=vars(recipe.student_fit), student=_shape(recipe.student), layers=recipe.layers, teacher=digest(settings),
+        **(dict(student_augment=describe(recipe.student_augment)) if recipe.student_augment else {}))
     keys = {(m.name,s): digest([base, m.settings(), s]) for m in ms for s in seeds}
     done = {r['key']: r for r in results.read()}
     todo = [(m,s) for s in seeds for m in ms if keys[m.name,s] not in done]
@@ -405,9 +406,10 @@ def compare(
         bar.name('teacher')
         teacher,known = trained_teacher(recipe, parts.dls(recipe.teacher_fit.bs, device, recipe.augment), settings, results.path.parent, tick=bar.tick, bf16=bf16)
         teacher.to(device)
+        fixed = not (parts.batch_of or recipe.student_augment)  # does an item always give the same input?
         # a cache of its own for each run: with a shared one, a run's numbers would depend on those before it
-        run_teacher = lambda m: Teacher(teacher, dtype=torch.bfloat16 if bf16 else None, channels_last=bf16, cache=parts.batch_of is None and not m.features)
-        dls = parts.dls(recipe.student_fit.bs, device)
+        run_teacher = lambda m: Teacher(teacher, dtype=torch.bfloat16 if bf16 else None, channels_last=bf16, cache=fixed and not m.features)
+        dls = parts.dls(recipe.student_fit.bs, device, recipe.student_augment)
         for m,s in todo:
             bar.name(f'{m.name}, seed {s}')
             try: _,run = train(recipe.student, dls, fit_of(m), s, m.callback(run_teacher(m), recipe.layers) if m.loss else None, statistics, bar.tick, bf16)

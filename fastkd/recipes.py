@@ -52,6 +52,7 @@ class Recipe:
     methods:tuple=('none','soft') # The methods that are compared where none are named
     layers:tuple=None # The student's and the teacher's layers, in pairs, for losses that compare activations; `None`: `match_layers` finds them
     augment:callable=None # Applied to the batches of inputs that the teacher trains on, before they are normalised
+    student_augment:callable=None # The same for the batches that the student trains on, with and without a teacher
 
 # %% ../nbs/06_recipes.ipynb #708cd927
 class ArrayLoader(DataLoader):

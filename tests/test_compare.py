@@ -108,6 +108,19 @@ def test_a_teacher_that_is_always_asked_the_same_is_asked_once(loss, rows, tmp_p
     assert asked == 300
     for name,values in runs.log[0].items(): assert values == pytest.approx(again.log[0][name], abs=1e-5)
 
+def test_the_students_augmentation_is_for_the_students(finished, tmp_path):
+    "of the same teacher, with and without which they train on other batches"
+    out,single = finished
+    for f in out.glob('teacher-*'): (tmp_path/f.name).write_bytes(f.read_bytes())
+    seen = []
+    def mirrored(x):
+        seen.append(len(x))
+        return -x
+    runs = compare(replace(recipe, student_augment=mirrored), ['none','soft'], 1, device='cpu', out=tmp_path, show=False)
+    assert seen == [20]*3*2*2 and len(list(tmp_path.glob('teacher-*'))) == 1
+    assert set(runs.comparison).isdisjoint(single.comparison) and runs.teacher[0] == single.teacher[0]
+    assert runs.log[0]['train_loss'] != single.log[0]['train_loss']
+
 def test_bfloat16(finished, tmp_path):
     "is another comparison, which ends near the one in single precision, with the same weights at its start"
     dtypes = []

@@ -161,6 +161,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fastkd.compare._number': ('compare.html#_number', 'fastkd/compare.py'),
                                 'fastkd.compare._numbers': ('compare.html#_numbers', 'fastkd/compare.py'),
                                 'fastkd.compare._shape': ('compare.html#_shape', 'fastkd/compare.py'),
+                                'fastkd.compare._two_plots': ('compare.html#_two_plots', 'fastkd/compare.py'),
                                 'fastkd.compare.caption': ('compare.html#caption', 'fastkd/compare.py'),
                                 'fastkd.compare.chart': ('compare.html#chart', 'fastkd/compare.py'),
                                 'fastkd.compare.circumstances': ('compare.html#circumstances', 'fastkd/compare.py'),

@@ -522,6 +522,14 @@ def caption(
     return (f"{r['data'][0]}: accuracy on {r['data'][3]:,} test rows that trained no model and chose no setting; student trained for {r.settings['fit']['epochs']} epochs on {r['data'][1]:,} rows, "
         f"teacher for {r.teacher_fit['epochs']} on the same; mean ± standard deviation over {n.min() if n.nunique() == 1 else f'{n.min()} to {n.max()}'} seeds, differences within seeds; {r.device}{', bfloat16' if r.get('bf16') else ''}, torch {r.versions['torch']}.")
 
+# %% ../nbs/05_compare.ipynb #bb0117ca
+def _two_plots(height):
+    "A figure that a notebook shows because it is returned, and not a second time at the end of the cell"
+    import matplotlib.pyplot as plt
+    fig,axs = plt.subplots(1, 2, figsize=(10,height), sharey=True, layout='constrained')
+    plt.close(fig)
+    return fig,axs
+
 # %% ../nbs/05_compare.ipynb #0cc08882
 def chart(
     runs:pd.DataFrame, # Runs of one comparison
@@ -529,11 +537,9 @@ def chart(
     path=None # Where to save the chart
 ):
     "Every run's accuracy, and the paired differences with their intervals; returns the figure."
-    from matplotlib.figure import Figure
     t = table(runs, baseline)
     names = list(t.index[1:])
-    fig = Figure(figsize=(10, 1.6+0.45*len(names)), layout='constrained')
-    a,b = fig.subplots(1, 2, sharey=True)
+    fig,(a,b) = _two_plots(1.6+0.45*len(names))
     for i,name in enumerate(names):
         accs = 100*runs[runs.method == name].accuracy
         a.plot(accs, np.full(len(accs), i), 'o', color='C0', alpha=0.35, mec='none')
@@ -541,7 +547,7 @@ def chart(
         if not np.isnan(t.low[name]): b.plot([t.low[name],t.high[name]], [i,i], color='C1', lw=2)
         if not np.isnan(t.difference[name]): b.plot(t.difference[name], i, 'o', color='C1')
     a.axvline(t.accuracy['teacher'], color='0.5', ls='--', label='teacher')
-    a.legend(loc='upper left', frameon=False)
+    a.legend(loc='lower right', bbox_to_anchor=(1,1), frameon=False)  # above the axes, where no run is
     b.axvline(0, color='0.5', lw=1)
     a.set_yticks(range(len(names)), ['student alone' if n == 'none' else n for n in names])
     a.set_ylim(len(names)-0.4, -0.6)
@@ -572,9 +578,7 @@ def curves(
     path=None # Where to save the chart
 ):
     "Validation accuracy, mean over seeds, by epoch and by seconds of training; returns the figure."
-    from matplotlib.figure import Figure
-    fig = Figure(figsize=(10, 3.6), layout='constrained')
-    a,b = fig.subplots(1, 2, sharey=True)
+    fig,(a,b) = _two_plots(3.6)
     for name,g in runs.groupby('method', sort=False):
         acc = 100*np.array([log['accuracy'] for log in g.log], dtype=float).mean(0)
         a.plot(range(1, len(acc)+1), acc, label='student alone' if name == 'none' else name)
@@ -582,7 +586,7 @@ def curves(
     a.set_ylabel('validation accuracy, %')
     a.set_xlabel('epoch')
     b.set_xlabel('seconds of training')
-    a.legend(frameon=False)
+    fig.legend(*a.get_legend_handles_labels(), loc='outside right upper', frameon=False)
     for ax in (a,b): ax.spines[['top','right']].set_visible(False)
     if path: fig.savefig(path, dpi=150)
     return fig

@@ -158,7 +158,7 @@ class SoftTarget(KDLoss):
 
     Logits of any shape with the classes on `axis`; the mean is over positions, those labelled `ignore_index` left out.
     With `standardize`, each row of logits is first z-scored: `(z - mean)/(1e-7 + std)`.
-    Raises `ValueError` for logits of one column, or of different shapes.
+    Raises `ValueError` for logits of one column, with `standardize` of two, and of different shapes.
     Hinton et al. 2015, "Distilling the knowledge in a neural network"; Sun et al., CVPR 2024, "Logit standardization in knowledge distillation"."""
     paper = (0.1, 0.9)
     def __init__(self,
@@ -175,6 +175,8 @@ class SoftTarget(KDLoss):
         if pred.shape[axis] == 1:
             raise ValueError(f"{type(self).__name__} compares probabilities of classes, and the softmax of a single column is always 1: "
                              "use `BinarySoftTarget` for a yes/no output, `Logits` for a regression.")
+        if self.standardize and pred.shape[axis] == 2:
+            raise ValueError("Two logits, standardised, are ±0.71 whatever the model says: what is left is a step, without a gradient but where it leaps. Use `SoftTarget()`.")
         s,t,_ = logit_rows(pred, teacher_pred, None if ignore_index is None else target, axis, ignore_index)
         if self.standardize: s,t = standardize_rows(s),standardize_rows(t)
         return mean_softmax_kl(s, t, T)
@@ -296,7 +298,7 @@ class DIST(KDLoss):
     """Match the teacher's relations: `T²·(beta·(1 - mean ρ(rows)) + gamma·(1 - mean ρ(columns)))`, `ρ` the Pearson correlation of the class probabilities at `T`.
 
     Rows are positions, those labelled `ignore_index` left out; columns are classes. In a batch of one row the columns have no correlation, which counts as 0.
-    Raises `ValueError` for logits of one column.
+    Raises `ValueError` for logits of one column, and of two unless `beta` is 0.
     Huang et al., NeurIPS 2022, "Knowledge distillation from a stronger teacher"."""
     paper = (1., 2.)
     def __init__(self,
@@ -310,6 +312,8 @@ class DIST(KDLoss):
     def forward(self, pred, teacher_pred, target=None, axis=-1, ignore_index=None, pct_train=None):
         T = _temperature(self.T, pct_train)
         if pred.shape[axis] == 1: raise ValueError("DIST compares classes, and a single column has none: use `BinarySoftTarget` or `Logits`.")
+        if pred.shape[axis] == 2 and self.beta:
+            raise ValueError("The probabilities of two classes have a correlation of 1 or -1, a step without a gradient but where it leaps: use `DIST(beta=0)`, which compares the images of a class alone, or `SoftTarget`.")
         s,t,_ = logit_rows(pred, teacher_pred, None if ignore_index is None else target, axis, ignore_index)
         if not len(s): return s.sum()
         s,t = (s/T).softmax(-1), (t/T).softmax(-1)

@@ -4,7 +4,7 @@ from torch import nn, tensor
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 from fastkd.losses import *
-from fastkd.losses import mean_softmax_kl, softmax_kl
+from fastkd.losses import mean_softmax_kl, pearson, softmax_kl, standardize_rows
 
 torch.set_num_threads(1)
 inf = float('inf')
@@ -205,6 +205,18 @@ def test_mean_softmax_kl_is_the_mean_of_the_rows():
     none = torch.zeros(0,5, requires_grad=True)
     mean_softmax_kl(none, torch.zeros(0,5)).backward()
     assert none.grad.shape == (0,5)
+
+def test_two_classes_leave_standardised_logits_and_correlations_nothing_to_say():
+    "Both are a step of which class is ahead: no gradient, and a student that was taught so stays at chance. Refused, with the cure"
+    s,t = rand(6,2).requires_grad_(), rand(6,2,seed=1)
+    for value in (standardize_rows(s), pearson(s.softmax(-1), t.softmax(-1))):
+        torch.testing.assert_close(value.abs(), torch.full_like(value, .5**.5 if value.ndim == 2 else 1.), rtol=1e-5, atol=0)
+        assert torch.autograd.grad(value.abs().sum(), s)[0].abs().max() < 1e-4
+    for loss,cure in ((SoftTarget(standardize=True), r'Use `SoftTarget\(\)`'), (DIST(), r'`DIST\(beta=0\)`'), (DecoupledKD(), 'Use `SoftTarget`')):
+        with pytest.raises(ValueError, match=cure): loss(s, t, *([tensor([0,1]*3)] if isinstance(loss, DecoupledKD) else []))
+        with pytest.raises(ValueError, match=cure): loss(s.reshape(3,2,2), t.reshape(3,2,2), target=tensor([0,1]*3).reshape(3,2), axis=1)
+    columns = torch.stack([torch.corrcoef(torch.stack([a,b]))[0,1] for a,b in zip(s.softmax(-1).T, t.softmax(-1).T)])
+    assert DIST(beta=0)(s, t).item() == pytest.approx(1-columns.mean().item(), rel=1e-6)
 
 def test_a_logit_that_is_no_number_shows():
     for f in (softmax_kl, mean_softmax_kl):

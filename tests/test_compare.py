@@ -306,8 +306,11 @@ def test_overtaking():
     with pytest.raises(ValueError, match='no runs'): overtakes(runs, 'b')
 
 def test_charts(finished, tmp_path):
+    from matplotlib import pyplot as plt
     for draw in chart,curves:
+        before = plt.get_fignums()
         draw(finished[1], path=tmp_path/'c.png')
+        assert plt.get_fignums() == before  # a notebook shows it once, and a loop fills no memory
         assert (tmp_path/'c.png').read_bytes()[:4] == b'\x89PNG'
     a,b = chart(made(none=[50.,60.], a=[51.,62.])).axes
     assert [t.get_text() for t in a.get_yticklabels()] == ['student alone','a']

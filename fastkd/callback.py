@@ -12,13 +12,15 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from fastcore.basics import camel2snake, patch
 from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.basics import AvgLoss, L, Learner, Recorder, TrainEvalCallback, detuplify, find_bs, find_device, noop, num_distrib, to_device
 from .layers import Taps, unwrap, named_layers, match_layers
 from .teacher import Teacher, evaluating, logits_of, mean_logits
 
 # %% auto #0
-__all__ = ['Term', 'Weights', 'TermMetric', 'class_axis', 'ignored_index', 'LossParameters', 'KnowledgeDistillationCallback']
+__all__ = ['Term', 'Weights', 'TermMetric', 'class_axis', 'ignored_index', 'LossParameters', 'KnowledgeDistillationCallback',
+           'autocast_left']
 
 # %% ../nbs/03_callback.ipynb #2ca1ade1
 _offered = 'pred','teacher_pred','target','fm_s','fm_t','axis','ignore_index','pct_train'
@@ -469,13 +471,32 @@ def _columns(learn, metrics):
     try: yield
     finally: learn.metrics = [m for m in learn.metrics if m not in metrics]
 
+# %% ../nbs/03_callback.ipynb #9b0fd4e7
+def _autocast_depth():
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
+
+@contextmanager
+def autocast_left(
+    cbs # Callbacks of a fit
+):
+    "Leave, after an error, the autocast that fastai's `MixedPrecision` enters in `before_batch` and leaves in `after_loss`: else it would stay on, with its copies of the weights, for whatever runs next."
+    depth = _autocast_depth()
+    try: yield
+    except BaseException:
+        for cb in cbs:
+            autocast = vars(cb).get('autocast') if isinstance(cb, MixedPrecision) else None
+            if autocast is not None and _autocast_depth() > depth: autocast.__exit__(None, None, None)
+        raise
+
 # %% ../nbs/03_callback.ipynb #1651b7fb
 @patch
 def fit(self:Learner, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
     "Fit `self.model` for `n_epoch` using `cbs`, as fastai does; nothing of a distillation is left afterwards, however it ended."
     kds = [cb for cb in L(cbs)+self.cbs if isinstance(cb, KnowledgeDistillationCallback)]
     if len(kds) > 1: raise ValueError("There are two distillation callbacks in this fit (or one both in the learner and in `fit(cbs=)`): give one, with a list of losses or of teachers.")
-    try: self._orig_fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
+    try:
+        with autocast_left(L(cbs)+self.cbs if kds else ()): self._orig_fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
     finally:
         for cb in kds: cb.close()
 

@@ -32,7 +32,7 @@ def run(
     data:str=None, # Folder with the data, in place of a download
     out:str=None, # Folder for teacher and results; runs/RECIPE if left out
     statistics:bool=False, # Keep mean and standard deviation of each parameter and its gradient, for each epoch?
-    bf16:bool=False # Train in bfloat16 mixed precision, images channels-last, with a bfloat16 teacher?
+    bf16:bool=False # Train in bfloat16 mixed precision, channels-last, with a bfloat16 copy of the teacher?
 ):
     "Train a teacher once, then the student with each method and seed; a command that was stopped goes on where it was."
     from fastkd.compare import compare, split_methods

@@ -23,7 +23,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.optimizer import Adam
 from fastprogress import progress_bar
 from . import feature_losses, losses
-from .callback import KnowledgeDistillationCallback, Term
+from .callback import KnowledgeDistillationCallback, Term, autocast_left
 from .recipes import Fit, MissingData, Parts, Recipe, recipes
 from .teacher import Teacher
 
@@ -70,7 +70,7 @@ def describe(o):
     if isinstance(o, (list,tuple,set)): return [describe(v) for v in o]
     if isinstance(o, partial): return ['partial', describe(o.func), describe(o.args), describe(o.keywords)]
     if isinstance(o, types.CodeType): return hashlib.sha256(o.co_code + repr((o.co_names,describe(o.co_consts))).encode()).hexdigest()[:12]
-    if isinstance(o, types.FunctionType): return [o.__qualname__, describe(o.__code__), *([describe([c.cell_contents for c in o.__closure__])] if o.__closure__ else [])]
+    if isinstance(o, types.FunctionType): return [o.__qualname__, describe(o.__code__), *([describe([c.cell_contents for c in o.__closure__])] if o.__closure__ else []), *(describe(d) for d in (o.__defaults__,o.__kwdefaults__) if d)]
     if isinstance(o, type) or not hasattr(o, '__dict__'): return getattr(o, '__qualname__', type(o).__qualname__)
     return [type(o).__qualname__, {k: describe(v) for k,v in sorted(vars(o).items()) if not k.startswith('_') and k != 'training'}]
 
@@ -285,7 +285,7 @@ def train(
     callback=None, # The distillation
     statistics:bool=False, # Keep statistics of parameters and gradients?
     tick:callable=noop, # Called after each epoch
-    bf16:bool=False # Train in bfloat16 mixed precision, images channels-last?
+    bf16:bool=False # Train in bfloat16 mixed precision, channels-last?
 ) -> tuple:
     "Train one model; returns the `Learner`, and what happened as plain data."
     set_seed(seed)
@@ -297,8 +297,9 @@ def train(
     if bf16: learn.add_cbs([ChannelsLast(), Bfloat16()])
     kept = Statistics() if statistics else None
     cbs = [cb for cb in (clock,kept,callback) if cb]
-    if fit.one_cycle: learn.fit_one_cycle(fit.epochs, fit.lr, cbs=cbs)
-    else: learn.fit(fit.epochs, fit.lr, cbs=cbs)
+    with autocast_left(learn.cbs):
+        if fit.one_cycle: learn.fit_one_cycle(fit.epochs, fit.lr, cbs=cbs)
+        else: learn.fit(fit.epochs, fit.lr, cbs=cbs)
     values = list(zip(*learn.recorder.values))
     log = {name: _numbers(vs) for name,vs in zip(learn.recorder.metric_names[1:], values) if name in ('train_loss','valid_loss','accuracy')}
     if callback:
@@ -375,7 +376,7 @@ def compare(
     data=None, # Folder with the data, in place of a download
     out=None, # Folder where teacher and results are kept, and looked for; `runs/<recipe>` by default
     statistics:bool=False, # Keep mean and standard deviation of each parameter and its gradient, for each epoch?
-    bf16:bool=False, # Train in bfloat16 mixed precision, images channels-last, with a bfloat16 teacher?
+    bf16:bool=False, # Train in bfloat16 mixed precision, channels-last, with a bfloat16 copy of the teacher?
     show:bool=True # Show a progress bar?
 ) -> pd.DataFrame:
     "Train the teacher once, then the student with each method and seed; what is finished already is not run again. One row a run; see `table` and `chart`."
@@ -404,24 +405,37 @@ def compare(
     if show and len(todo) < len(keys): print(f"{len(keys)-len(todo)} of {len(keys)} runs are finished already, in {results.path}" + ('.' if todo else '; remove it to run them again.'))
     if todo:
         fit_of = lambda m: replace(recipe.student_fit, epochs=m.epochs or recipe.student_fit.epochs)
+        _try(recipe, parts, [m for m,_ in todo])
         bar = _Bar(n_teacher + sum(fit_of(m).epochs for m,_ in todo), show)
         bar.name('teacher')
         teacher,known = trained_teacher(recipe, parts.dls(recipe.teacher_fit.bs, device, recipe.augment), settings, results.path.parent, tick=bar.tick, bf16=bf16)
         teacher.to(device)
         fixed = not (parts.batch_of or recipe.student_augment)  # does an item always give the same input?
         # a cache of its own for each run: with a shared one, a run's numbers would depend on those before it
-        run_teacher = lambda m: Teacher(teacher, dtype=torch.bfloat16 if bf16 else None, channels_last=bf16, cache=fixed and not m.features)
+        run_teacher = lambda m: Teacher(teacher, dtype=torch.bfloat16 if bf16 else None, channels_last=bf16, cache=fixed and not m.features and not hasattr(teacher, 'reset'))
         dls = parts.dls(recipe.student_fit.bs, device, recipe.student_augment)
         for m,s in todo:
             bar.name(f'{m.name}, seed {s}')
             try: _,run = train(recipe.student, dls, fit_of(m), s, m.callback(run_teacher(m), recipe.layers) if m.loss else None, statistics, bar.tick, bf16)
             except ValueError as e: raise ValueError(f"{m.name}: {str(e).split(chr(10)+chr(9))[-1]}") from e  # fastai puts a line before the message
-            run = dict(key=keys[m.name,s], comparison=digest(base), method=m.name, seed=s, **run, recipe=recipe.name, data=base['data'], device=_device_name(device), bf16=bf16,
+            run = dict(key=keys[m.name,s], comparison=digest(base), method=m.name, seed=s, **run, recipe=recipe.name, data=base['data'], device=_device_name(device), bf16=bf16, augmented=bool(recipe.student_augment),
                 settings=dict(fit=vars(fit_of(m)), method=m.settings()), layers=recipe.layers, teacher={k: known[k] for k in ('accuracy','parameters','checksum','seed')},
                 teacher_fit=vars(recipe.teacher_fit), **circumstances(), when=time.strftime('%Y-%m-%dT%H:%M:%S%z'))
             results.append(run)
             done[run['key']] = run
     return pd.DataFrame([done[k] for k in keys.values()])
+
+# %% ../nbs/05_compare.ipynb #1ffc73bc
+def _try(recipe, parts, ms):
+    "Complain of losses on logits that cannot work with these classes now, and not after hours"
+    with torch.random.fork_rng():
+        x,y = next(iter(parts.dls()[1]))
+        with torch.no_grad(): pred = recipe.student().eval()(x[:4])
+        for m in ms:
+            for t in map(Term, m.loss):
+                if t.features: continue
+                try: t(pred=pred, teacher_pred=pred.flip(0), target=y[:4], axis=-1, ignore_index=None, pct_train=0.)
+                except ValueError as e: raise ValueError(f"{m.name}: {e}") from e
 
 # %% ../nbs/05_compare.ipynb #e4518c19
 def _device(name):
@@ -470,11 +484,11 @@ def table(
     runs:pd.DataFrame, # Runs of one comparison, as `compare` returns them
     baseline:str='none' # The method that the others are compared with, over the same seeds
 ) -> pd.DataFrame:
-    """The teacher and each method: accuracy (%, mean and sd over seeds), parameters, n, paired difference to the baseline (points) with 95 % interval, p, p by Holm, share of the way from the baseline to the teacher (%), and time for each epoch relative to the baseline.
+    """The teacher and each method: accuracy (%, mean and sd over seeds), parameters, n, paired difference to the baseline (points) with 95 % interval, p, p by Holm, share of the way from the baseline to the teacher (%), and mean time of an epoch relative to the baseline.
 
     Raises `ValueError` for runs of more than one comparison, which cannot be compared, and where one name stands for several methods."""
     if not len(runs): raise ValueError("There are no runs to make a table of.")
-    if runs.comparison.nunique() > 1: raise ValueError("These runs are of several comparisons (other epochs, data, teacher or device): make one table for each.")
+    if runs.comparison.nunique() > 1: raise ValueError("These runs are of several comparisons (other epochs, data, augmentation, teacher, precision or device): make one table for each.")
     for name,g in runs.groupby('method'):
         if len({json.dumps(s, sort_keys=True) for s in g.settings}) > 1: raise ValueError(f"{name!r} names several methods of different settings here: give each a name of its own.")
     teacher = runs.teacher.iloc[0]
@@ -488,7 +502,7 @@ def table(
         row['pairs'] = len(seeds)
         row['difference'],row['low'],row['high'],row['p'] = paired(100*(g.accuracy[seeds] - base.accuracy[seeds]))
         row['closed'] = 100*row['difference']/(rows['teacher']['accuracy'] - 100*base.accuracy[seeds].mean()) if len(seeds) else np.nan
-        row['time'] = np.mean([np.median(g.seconds[s])/np.median(base.seconds[s]) for s in seeds]) if len(seeds) else np.nan
+        row['time'] = np.mean([np.mean(g.seconds[s])/np.mean(base.seconds[s]) for s in seeds]) if len(seeds) else np.nan
     columns = ['accuracy','sd','parameters','n','pairs','difference','low','high','p','p_holm','closed','time']
     df = pd.DataFrame.from_dict(rows, orient='index').reindex(columns=columns)
     df['p_holm'] = holm(df.p)
@@ -517,17 +531,19 @@ def caption(
     runs:pd.DataFrame # Runs of one comparison
 ) -> str:
     "What was compared, in one sentence."
-    r = runs.iloc[0]
+    r = runs.iloc[0]  # one of an earlier version may lack `bf16` and `augmented`, which is NaN beside others
     n = runs.groupby('method').seed.nunique()
-    return (f"{r['data'][0]}: accuracy on {r['data'][3]:,} test rows that trained no model and chose no setting; student trained for {r.settings['fit']['epochs']} epochs on {r['data'][1]:,} rows, "
-        f"teacher for {r.teacher_fit['epochs']} on the same; mean ± standard deviation over {n.min() if n.nunique() == 1 else f'{n.min()} to {n.max()}'} seeds, differences within seeds; {r.device}{', bfloat16' if r.get('bf16') else ''}, torch {r.versions['torch']}.")
+    return (f"{r['data'][0]}: accuracy on {r['data'][3]:,} test rows that trained no model and chose no setting; student trained for {r.settings['fit']['epochs']} epochs on {r['data'][1]:,} rows{', augmented' if r.get('augmented') == True else ''}, "
+        f"teacher for {r.teacher_fit['epochs']} on the same; mean ± standard deviation over {n.min() if n.nunique() == 1 else f'{n.min()} to {n.max()}'} seeds, differences within seeds; {r.device}{', bfloat16' if r.get('bf16') == True else ''}, torch {r.versions['torch']}.")
 
-# %% ../nbs/05_compare.ipynb #bb0117ca
+# %% ../nbs/05_compare.ipynb #e942f4e7
 def _two_plots(height):
-    "A figure that a notebook shows because it is returned, and not a second time at the end of the cell"
-    import matplotlib.pyplot as plt
-    fig,axs = plt.subplots(1, 2, figsize=(10,height), sharey=True, layout='constrained')
-    plt.close(fig)
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(10,height), layout='constrained')
+    axs = fig.subplots(1, 2, sharey=True)
+    if IN_NOTEBOOK:
+        from matplotlib import pyplot as plt
+        plt.close(plt.figure())  # from its first figure on, a notebook shows the ones that a cell returns
     return fig,axs
 
 # %% ../nbs/05_compare.ipynb #0cc08882

@@ -118,7 +118,7 @@ class _SoftmaxKL(torch.autograd.Function):
         diff = p_s.sub_(p_t)
         ctx.T = T
         ctx.save_for_backward(student, diff)
-        axis,n = (None, max(diff.numel()//diff.shape[-1], 1)) if mean else (-1, 1)
+        axis,n = (None, max(diff.shape[:-1].numel(), 1)) if mean else (-1, 1)
         # no NaN of a class that is masked with -inf in both; a NaN among the logits shows in `diff`
         kl = (diff.sum(axis) - p_t.mul_(u).nansum(axis)).clamp_(min=0)
         ctx.factor = T/n if mean else 1/T # of `diff`, in the gradient
@@ -149,7 +149,7 @@ def mean_softmax_kl(
     teacher:Tensor, # Logits `(..., C)`; they get no gradient
     T:float=1., # Temperature
 ):
-    "`T²` times the mean of `softmax_kl` over all rows, 0 where there are none; its gradient stays of one size whatever `T` is."
+    "`T²` times the mean of `softmax_kl` over all rows, 0 where there are none; its gradient stays of one size whatever `T` is. For tensors of single precision or better."
     return _SoftmaxKL.apply(student, teacher, T, True)
 
 # %% ../nbs/00_losses.ipynb #f7a3bd83

@@ -91,7 +91,7 @@ class Parts:
     valid:tuple # Inputs and labels for the epoch table: to look at and to choose settings on
     test:tuple # Inputs and labels that trained no model and chose no setting
     batch_of:callable=None # See `ArrayLoader`
-    tfm:callable=None # Applied to a batch of inputs on the device
+    tfm:callable=None # Applied to a batch of inputs on the device; the same for an input whenever, and with whatever else, it comes
 
     def dls(self,
         bs:int=64, # Batch size in training

@@ -1,7 +1,8 @@
 "Runs, results and statistics of a comparison"
-import json
+import json, re
 from dataclasses import replace
 from functools import partial
+from itertools import product
 import numpy as np, pandas as pd, pytest, torch
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner
 from fastai.callback.schedule import SchedCos, combine_scheds
@@ -120,13 +121,16 @@ def test_the_students_augmentation_is_for_the_students(finished, tmp_path):
     assert seen == [20]*3*2*2 and len(list(tmp_path.glob('teacher-*'))) == 1
     assert set(runs.comparison).isdisjoint(single.comparison) and runs.teacher[0] == single.teacher[0]
     assert runs.log[0]['train_loss'] != single.log[0]['train_loss']
+    assert ', augmented,' in caption(runs) and 'augmented' not in caption(pd.concat([single.drop(columns=['augmented','bf16']), single]))
 
 def test_bfloat16(finished, tmp_path):
     "is another comparison, which ends near the one in single precision, with the same weights at its start"
     dtypes = []
     def student():
         model = recipe.student()
-        model[1].register_forward_hook(lambda m, i, o: dtypes.append((m.weight.dtype, o.dtype)))
+        def note(m, args, o):
+            if m.training: dtypes.append((m.weight.dtype, o.dtype))
+        model[1].register_forward_hook(note)
         return model
     bf16 = compare(replace(recipe, student=student), ['none','soft','fitnet'], 3, device='cpu', out=tmp_path, bf16=True, show=False)
     single = finished[1]
@@ -135,7 +139,41 @@ def test_bfloat16(finished, tmp_path):
     for a,b in zip(bf16.log, single.log):
         assert a['train_loss'] != b['train_loss']
         assert a['train_loss'] == pytest.approx(b['train_loss'], rel=0.03)
-    assert 'bfloat16' in caption(bf16) and 'bfloat16' not in caption(single)
+    assert 'bfloat16' in caption(bf16) and 'bfloat16' not in caption(pd.concat([single.drop(columns='bf16'), single]))  # and one of an earlier version
+
+@pytest.mark.parametrize('error', [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize('loss', ['none','soft'])
+def test_an_error_in_bfloat16_leaves_no_autocast_behind(error, loss, tmp_path):
+    "The next run is as if there had been none: autocast would keep its copies of the first step's weights for it"
+    broken = []
+    def student():
+        model = recipe.student()
+        def fail(module, args, output):
+            if torch.is_autocast_enabled('cpu') and module.training: raise error('on the way')
+        broken.append(model[0].register_forward_hook(fail))
+        return model
+    with pytest.raises(error, match='on the way'): compare(replace(recipe, student=student), [loss], 1, device='cpu', bf16=True, out=tmp_path/'failed', show=False)
+    assert len(broken) and not torch.is_autocast_enabled('cpu')
+    first = run([loss], 1, bf16=True, out=tmp_path/'after')
+    second = run([loss], 1, bf16=True, out=tmp_path/'again')
+    assert first.log.tolist() == second.log.tolist() and first.log[0]['train_loss'][1] < first.log[0]['train_loss'][0]
+
+def test_a_loss_that_cannot_work_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr('fastkd.compare.train', lambda *a, **k: pytest.fail('there was a training'))
+    def two(folder=None):
+        parts = blobs()
+        return replace(parts, **{k: (x, y.clamp(max=1)) for k in ('train','valid','test') for x,y in [getattr(parts, k)]})
+    binary = replace(recipe, data=two, teacher=partial(perceptron, 2, 16, 2), student=partial(perceptron, 2, 3, 2))
+    state = torch.get_rng_state()
+    for loss in 'dkd','standardised','dist','soft+dist':
+        with pytest.raises(ValueError, match=rf'{re.escape(loss)}: .*SoftTarget'): compare(binary, ['none','soft',loss], 1, device='cpu', out=tmp_path, show=False)
+    assert torch.equal(torch.get_rng_state(), state)
+
+def test_what_a_function_is_includes_its_defaults():
+    def of(a):
+        def turned(x, angle=a, *, more=a): return x*angle
+        return turned
+    assert describe(of(1)) == describe(of(1)) != describe(of(2))
 
 def test_nothing_is_run_again(finished, monkeypatch):
     out,runs = finished
@@ -259,7 +297,7 @@ def test_table_worked_by_hand():
     assert [a.difference, a.low, a.high, a.n, a.pairs] == pytest.approx([2, 2-4.30265/3**0.5, 2+4.30265/3**0.5, 3, 3], abs=1e-4)
     t2 = 2*3**0.5  # the t distribution with two degrees of freedom has a closed form
     assert a.p == pytest.approx(1 - t2/(2+t2**2)**0.5)
-    assert a.time == pytest.approx(3) and a.closed == pytest.approx(100*2/30)
+    assert a.time == pytest.approx(9/4) and a.closed == pytest.approx(100*2/30)
     b = t.loc['b']
     assert [b.n, b.pairs, b.difference, b.low, b.high, b.p] == [2,2,0,0,0,1]
     assert t.p_holm[['a','b']].tolist() == pytest.approx([min(1, 2*a.p), 1])
@@ -305,9 +343,10 @@ def test_overtaking():
     assert o.tolist() == [3,9/4,1,2]
     with pytest.raises(ValueError, match='no runs'): overtakes(runs, 'b')
 
-def test_charts(finished, tmp_path):
+def test_charts(finished, tmp_path, monkeypatch):
     from matplotlib import pyplot as plt
-    for draw in chart,curves:
+    for draw,notebook in product((chart,curves), (False,True)):
+        monkeypatch.setattr('fastkd.compare.IN_NOTEBOOK', notebook)
         before = plt.get_fignums()
         draw(finished[1], path=tmp_path/'c.png')
         assert plt.get_fignums() == before  # a notebook shows it once, and a loop fills no memory

@@ -65,6 +65,26 @@ class CPUMixedPrecision(MixedPrecision):
         self.autocast = torch.autocast('cpu', dtype=torch.bfloat16 if self.amp_mode.value == 'bf16' else torch.float16)
 
 @pytest.mark.filterwarnings('ignore:.*GradScaler.*', 'ignore:.*CUDA is not available.*')
+@pytest.mark.parametrize('where', ['loss','teacher','student'])
+@pytest.mark.parametrize('error', [ValueError, KeyboardInterrupt])
+def test_an_error_under_mixed_precision_leaves_it_off(where, error):
+    "fastai turns it off in `after_loss`, which is not reached; on, it would keep the first weights' copies for all that follows"
+    def fail(*args): raise error('on the way')
+    t,learn = teacher(),learner()
+    if where != 'loss': (t if where == 'teacher' else learn.model).fc.register_forward_hook(fail)
+    kd = KnowledgeDistillationCallback(t, (lambda pred, teacher_pred: fail()) if where == 'loss' else SoftTarget)
+    x = torch.randn(4,3)
+    for outer in (False,True):  # the caller's own stays as it is
+        with torch.autocast('cpu', torch.bfloat16, enabled=outer):
+            with pytest.raises(error, match='on the way'): learn.fit(1, cbs=[CPUMixedPrecision('bf16'), kd])
+            assert torch.is_autocast_enabled('cpu') == outer
+        with torch.autocast('cpu', torch.bfloat16):  # its cache is emptied at the end of the outermost
+            layer = nn.Linear(3, 1)
+            before = layer(x)
+        with torch.no_grad(): layer.weight.add_(1)
+        with torch.autocast('cpu', torch.bfloat16): assert not torch.equal(layer(x), before)
+
+@pytest.mark.filterwarnings('ignore:.*GradScaler.*', 'ignore:.*CUDA is not available.*')
 @pytest.mark.parametrize('mode', ['fp16','bf16'])
 def test_mixed_precision_computes_losses_in_float32(mode):
     seen = []

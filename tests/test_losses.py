@@ -206,8 +206,8 @@ def test_mean_softmax_kl_is_the_mean_of_the_rows():
     mean_softmax_kl(none, torch.zeros(0,5)).backward()
     assert none.grad.shape == (0,5)
 
-def test_two_classes_leave_standardised_logits_and_correlations_nothing_to_say():
-    "Both are a step of which class is ahead: no gradient, and a student that was taught so stays at chance. Refused, with the cure"
+def test_two_classes_leave_standardised_logits_and_correlations_of_rows_nothing_to_say():
+    "Both are a step of which class is ahead, with a gradient only where it leaps, and a huge one there: refused, with the cure"
     s,t = rand(6,2).requires_grad_(), rand(6,2,seed=1)
     for value in (standardize_rows(s), pearson(s.softmax(-1), t.softmax(-1))):
         torch.testing.assert_close(value.abs(), torch.full_like(value, .5**.5 if value.ndim == 2 else 1.), rtol=1e-5, atol=0)

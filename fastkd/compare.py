@@ -405,7 +405,7 @@ def compare(
     if show and len(todo) < len(keys): print(f"{len(keys)-len(todo)} of {len(keys)} runs are finished already, in {results.path}" + ('.' if todo else '; remove it to run them again.'))
     if todo:
         fit_of = lambda m: replace(recipe.student_fit, epochs=m.epochs or recipe.student_fit.epochs)
-        _try(recipe, parts, [m for m,_ in todo])
+        _check_losses(recipe, parts, [m for m,_ in todo])
         bar = _Bar(n_teacher + sum(fit_of(m).epochs for m,_ in todo), show)
         bar.name('teacher')
         teacher,known = trained_teacher(recipe, parts.dls(recipe.teacher_fit.bs, device, recipe.augment), settings, results.path.parent, tick=bar.tick, bf16=bf16)
@@ -426,7 +426,7 @@ def compare(
     return pd.DataFrame([done[k] for k in keys.values()])
 
 # %% ../nbs/05_compare.ipynb #1ffc73bc
-def _try(recipe, parts, ms):
+def _check_losses(recipe, parts, ms):
     "Complain of losses on logits that cannot work with these classes now, and not after hours"
     with torch.random.fork_rng():
         x,y = next(iter(parts.dls()[1]))

@@ -286,7 +286,7 @@ def test_descriptions():
 
 def made(**accuracies):
     "Runs with given accuracies in %"
-    return pd.DataFrame([dict(key=f'{m}{s}', comparison='c', method=m, seed=s, accuracy=a/100, parameters=7, settings=m, seconds=[1.,1.,2.] if m == 'none' else [3.,3.,3.],
+    return pd.DataFrame([dict(key=f'{m}{s}', comparison='c', method=m, seed=s, accuracy=a/100, parameters=7, settings=m, seconds=[1.,1.,2.] if m == 'none' else [7.,1.,1.],
         log=dict(accuracy=[0.1,0.2,a/100]), teacher=dict(accuracy=0.9, parameters=70)) for m,accs in accuracies.items() for s,a in enumerate(accs)])
 
 def test_table_worked_by_hand():

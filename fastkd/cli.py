@@ -5,6 +5,7 @@
 # %% ../nbs/07_cli.ipynb #02b16350
 from __future__ import annotations
 import sys, warnings
+from dataclasses import replace
 from pathlib import Path
 from fastcore.script import anno_parser
 from . import __version__
@@ -32,13 +33,17 @@ def run(
     data:str=None, # Folder with the data, in place of a download
     out:str=None, # Folder for teacher and results; runs/RECIPE if left out
     statistics:bool=False, # Keep mean and standard deviation of each parameter and its gradient, for each epoch?
-    bf16:bool=False # Train in bfloat16 mixed precision, channels-last, with a bfloat16 copy of the teacher?
+    bf16:bool=False, # Train in bfloat16 mixed precision, channels-last, with a bfloat16 copy of the teacher?
+    augment:bool=False # Augment what the student trains on, with and without a teacher, as the recipe does for its teacher?
 ):
     "Train a teacher once, then the student with each method and seed; a command that was stopped goes on where it was."
-    from fastkd.compare import compare, split_methods
+    from fastkd.compare import compare, find_recipe, split_methods
     if seeds < 1: raise ValueError(f"The number of seeds must be 1 or more, not {seeds}.")
-    out = out or f'runs/{recipe}'
-    compare(recipe, split_methods(methods) if methods else None, seeds, epochs, teacher_epochs, device, data, out, statistics, bf16)
+    out,r = out or f'runs/{recipe}',find_recipe(recipe)
+    if augment:
+        if not r.augment: raise ValueError(f"The recipe {recipe!r} has no augmentation.")
+        r = replace(r, student_augment=r.augment)
+    compare(r, split_methods(methods) if methods else None, seeds, epochs, teacher_epochs, device, data, out, statistics, bf16)
     print()
     table(out)
     plot(out)

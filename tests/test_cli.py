@@ -1,10 +1,12 @@
 "The command, as users run it"
 import json, os, signal, subprocess, sys, time
+from dataclasses import replace
 from pathlib import Path
 import pytest
 import fastkd
 from fastkd.cli import main
 from fastkd.compare import compare
+from fastkd.recipes import augmented
 
 def command(*args, **kwargs):
     env = {**os.environ, 'PYTHONPATH': str(Path(fastkd.__file__).parents[1]), 'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1'}
@@ -80,7 +82,7 @@ def test_two_comparisons_in_one_folder(killed, tmp_path, capsys):
     (['rum'], "no command 'rum'"), (['run'], 'recipe'), (['run','digit'], 'mnist'), (['run','digits','--methods','sotf'], 'did you mean soft'),
     (['run','digits','--methods','soft(T=)'], 'name=value'), (['run','digits','--methods','soft(weight=2)'], 'label_weight'), (['run','digits','--methods','none,none'], 'once'),
     (['run','digits','--seeds','0'], '1 or more'), (['run','digits','--seeds','three'], 'invalid int'), (['run','digits','--epochs','-1'], '1 or more'),
-    (['run','digits','--device','gpu'], 'no device'), (['run','digits','--sseds','3'], 'nrecognized'), (['table','nowhere'], 'no results'), (['plot','nowhere'], 'no results'),
+    (['run','digits','--device','gpu'], 'no device'), (['run','digits','--augment'], 'no augmentation'), (['run','digits','--sseds','3'], 'nrecognized'), (['table','nowhere'], 'no results'), (['plot','nowhere'], 'no results'),
     (['models','digit'], 'no recipe'), (['table'], 'out')])
 def test_bad_arguments_are_one_sentence_and_status_2(args, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -106,13 +108,19 @@ def test_interrupted_with_a_sentence(capsys, monkeypatch):
     assert main(['run','digits']) == 130
     assert 'the same command goes on' in capsys.readouterr().err
 
+def test_the_students_batches_are_augmented_when_asked(capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr('fastkd.compare.compare', lambda recipe, *args: asked.append(recipe))
+    for options in [], ['--augment']: main(['run','pets-scratch','--out','nowhere',*options])
+    assert [r.student_augment for r in asked] == [None, augmented] and asked[1] == replace(asked[0], student_augment=augmented)
+
 def test_help(capsys):
     assert main([]) == 0 and main(['--help']) == 0
     out = capsys.readouterr().out
     for name in 'run','table','plot','models': assert f'  {name} ' in out
     assert main(['run','--help']) == 0
     out = capsys.readouterr().out
-    for option in 'recipe','--methods','--seeds','--epochs','--device','--data','--out': assert option in out
+    for option in 'recipe','--methods','--seeds','--epochs','--device','--data','--out','--bf16','--augment': assert option in out
     assert main(['--version']) == 0 and capsys.readouterr().out.strip() == fastkd.__version__
 
 def test_models(capsys):

@@ -15,6 +15,7 @@ from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.basics import AvgLoss, L, Learner, Recorder, TrainEvalCallback, detuplify, find_bs, find_device, noop, num_distrib, to_device
+from .losses import _plain
 from .layers import Taps, unwrap, named_layers, match_layers
 from .teacher import Teacher, evaluating, logits_of, mean_logits
 
@@ -135,13 +136,6 @@ def ignored_index(
 ) -> int|None:
     "The label that `loss_func` leaves out, `None` where there is none."
     return next((f.ignore_index for f in (loss_func, getattr(loss_func, 'func', None)) if hasattr(f, 'ignore_index')), None)
-
-# %% ../nbs/03_callback.ipynb #c3efcce6
-def _plain(t):
-    "A tensor without fastai's type, in at least float32: losses are computed neither in half precision nor through tensor subclasses"
-    if not isinstance(t, Tensor): return t
-    if type(t) is not Tensor: t = t.as_subclass(Tensor)
-    return t.float() if t.dtype in (torch.half,torch.bfloat16) else t
 
 # %% ../nbs/03_callback.ipynb #67f57111
 class LossParameters:
@@ -529,7 +523,7 @@ def show_attention(self:KnowledgeDistillationCallback,
     **kwargs
 ):
     "Show where the student and the teacher of the last fit look, for each pair of layers; `kwargs` go to `fastkd.plots.show_attention`."
-    from fastkd.plots import attention_map, show_attention
+    from fastkd.plots import attention_images, show_attention
     learn = self.student()
     if learn is None or not self.pairs: raise ValueError("There is nothing to show before a fit with a loss that compares activations.")
     dl = dl or learn.dls.valid
@@ -540,5 +534,5 @@ def show_attention(self:KnowledgeDistillationCallback,
         student,teacher = self._taps(learn.model, inputs)
         student.run(*inputs)
         self.teacher.run(*inputs, taps=teacher, logits=False)
-    maps = [[attention_map(acts[name]).cpu() for name in names] for acts,names in zip((student.activations(), teacher.activations()), zip(*self.pairs))]
+    maps = [[attention_images(acts[name]).cpu() for name in names] for acts,names in zip((student.activations(), teacher.activations()), zip(*self.pairs))]
     return show_attention(dl.decode(xb)[0], *maps, pairs=self.pairs, **kwargs)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['plot_losses', 'plot_temperature', 'plot_similarity', 'attention_map', 'show_attention']
+__all__ = ['plot_losses', 'plot_temperature', 'plot_similarity', 'attention_images', 'show_attention']
 
 # %% ../nbs/04_plots.ipynb #3e35fdd3
 def _smoothed(values, beta):
@@ -118,7 +118,7 @@ def plot_similarity(
     return ax
 
 # %% ../nbs/04_plots.ipynb #903c442e
-def attention_map(
+def attention_images(
     act:Tensor, # What a layer put out: `(n, c, h, w)`, or tokens `(n, t, c)`
     channels_last:bool=False # Is it `(n, h, w, c)`?
 ) -> Tensor:

@@ -1,11 +1,19 @@
 "Promise 2: the teacher is a guest. Promise 3: only `fit` distils"
+import collections, importlib
 import pytest, torch
+import fastai.vision.all
 from torch import nn
 from fastai.callback.core import Callback
 from fastai.callback.schedule import *
 from fastai.callback.hook import *  # summary
 from fastkd.all import *
 from conftest import batches, hooks, learner, net, same, weights
+
+def test_names_are_guests_too():
+    "`from fastkd.all import *` hides no name of fastai, and none of fastkd's own modules another's"
+    public = collections.Counter(n for m in ('losses','feature_losses','layers','teacher','callback','plots') for n in importlib.import_module(f'fastkd.{m}').__all__)
+    assert set(public) <= set(globals()) and max(public.values()) == 1
+    assert not [n for n in public if hasattr(fastai.vision.all, n)]
 
 class Spy(nn.Module):
     "A teacher that writes down how it is run"

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest, torch
 from fastkd.callback import KnowledgeDistillationCallback
 from fastkd.losses import Attention, SoftTarget
-from fastkd.plots import attention_map, plot_losses, plot_similarity, plot_temperature, show_attention
+from fastkd.plots import attention_images, plot_losses, plot_similarity, plot_temperature, show_attention
 from conftest import learner, net
 
 @pytest.fixture(autouse=True)
@@ -75,14 +75,14 @@ def test_similarity_is_the_table():
     assert not plot_similarity(table, annotate=False, ax=plt.figure().gca()).texts
     with pytest.raises(ValueError, match="'s.c'"): plot_similarity(table, (['s.c'],['0.5']))
 
-def test_attention_map_is_its_definition():
+def test_attention_images_is_its_definition():
     act = torch.randn(2,3,4,5)
     want = [[[sum(act[b,c,i,j].item()**2 for c in range(3))/3 for j in range(5)] for i in range(4)] for b in range(2)]
-    torch.testing.assert_close(attention_map(act), torch.tensor(want))
+    torch.testing.assert_close(attention_images(act), torch.tensor(want))
     tokens = act.flatten(2).transpose(1,2)[:,:16]                                  # 4 x 4 positions
-    torch.testing.assert_close(attention_map(tokens).flatten(1), attention_map(act).flatten(1)[:,:16])
-    torch.testing.assert_close(attention_map(torch.cat([torch.randn(2,1,3), tokens], 1)), attention_map(tokens))
-    with pytest.raises(ValueError, match='positions'): attention_map(torch.randn(3,4))
+    torch.testing.assert_close(attention_images(tokens).flatten(1), attention_images(act).flatten(1)[:,:16])
+    torch.testing.assert_close(attention_images(torch.cat([torch.randn(2,1,3), tokens], 1)), attention_images(tokens))
+    with pytest.raises(ValueError, match='positions'): attention_images(torch.randn(3,4))
 
 def test_attention_shows_each_map_over_its_image():
     imgs = torch.rand(3,3,8,6)

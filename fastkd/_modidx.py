@@ -143,6 +143,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fastkd.compare.Method.callback': ('compare.html#method.callback', 'fastkd/compare.py'),
                                 'fastkd.compare.Method.features': ('compare.html#method.features', 'fastkd/compare.py'),
                                 'fastkd.compare.Method.settings': ('compare.html#method.settings', 'fastkd/compare.py'),
+                                'fastkd.compare.Method.warmup': ('compare.html#method.warmup', 'fastkd/compare.py'),
                                 'fastkd.compare.Method.weights': ('compare.html#method.weights', 'fastkd/compare.py'),
                                 'fastkd.compare.Results': ('compare.html#results', 'fastkd/compare.py'),
                                 'fastkd.compare.Results.__init__': ('compare.html#results.__init__', 'fastkd/compare.py'),

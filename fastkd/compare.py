@@ -67,12 +67,17 @@ def describe(o):
     if o is None or isinstance(o, (bool,int,float,str)): return o
     if isinstance(o, torch.Tensor): return o.tolist()
     if isinstance(o, dict): return {str(k): describe(v) for k,v in o.items()}
-    if isinstance(o, (list,tuple,set)): return [describe(v) for v in o]
+    if isinstance(o, (list,tuple)): return [describe(v) for v in o]
+    if isinstance(o, (set,frozenset)): return sorted(map(describe, o), key=repr)
     if isinstance(o, partial): return ['partial', describe(o.func), describe(o.args), describe(o.keywords)]
     if isinstance(o, types.CodeType): return hashlib.sha256(o.co_code + repr((o.co_names,describe(o.co_consts))).encode()).hexdigest()[:12]
     if isinstance(o, types.FunctionType): return [o.__qualname__, describe(o.__code__), *([describe([c.cell_contents for c in o.__closure__])] if o.__closure__ else []), *(describe(d) for d in (o.__defaults__,o.__kwdefaults__) if d)]
     if isinstance(o, type) or not hasattr(o, '__dict__'): return getattr(o, '__qualname__', type(o).__qualname__)
-    return [type(o).__qualname__, {k: describe(v) for k,v in sorted(vars(o).items()) if not k.startswith('_') and k != 'training'}]
+    of = [type(o).__qualname__, {k: describe(v) for k,v in sorted(vars(o).items()) if not k.startswith('_') and k != 'training'}]
+    if isinstance(o, nn.Module): of += [describe(inside) for inside in ({n: list(p.shape) for n,p in o.named_parameters()}, o._buffers, o._modules) if inside]
+    # a class of the user's own is known by its code, one of a library by the library's version
+    own = [c for c in type(o).__mro__ if c.__module__.split('.')[0] not in ('builtins','fastkd','fastai','fastcore','torch')]
+    return of + [{n: describe(f) for n,f in vars(c).items() if isinstance(f, types.FunctionType)} for c in own]
 
 # %% ../nbs/05_compare.ipynb #c6423bf5
 @dataclass
@@ -106,17 +111,23 @@ class Method:
         return KnowledgeDistillationCallback(teacher, loss, *(layers or ()), weight=self.weight, label_weight=self.label_weight, schedule=self.schedule, valid=False)
 
     def weights(self):
-        "The weight of the labels and of each loss, before any schedule."
-        return replace(self, schedule=None).callback(nn.Identity()).weights.at(0.)
+        "The weight of the labels and of each loss, before any schedule and warm-up."
+        w = self.callback(nn.Identity()).weights
+        return 1-w.total if w.label is None else w.label, w.each
+
+    @property
+    def warmup(self): return self.callback(nn.Identity()).weights.warmup
 
     def settings(self):
         "What tells this method from another."
         if not self.loss: return dict(epochs=self.epochs)
         label,weights = self.weights()
-        return dict(loss=describe(self.loss), weight=weights, label_weight=label, schedule=describe(self.schedule), epochs=self.epochs)
+        return dict(loss=describe(self.loss), weight=weights, label_weight=label, schedule=describe(self.schedule), epochs=self.epochs, **(dict(warmup=self.warmup) if any(self.warmup) else {}))
 
     def __add__(self, o):
         if not (self.loss and o.loss): raise ValueError("`none` cannot be joined with another method.")
+        for m in (self,o):
+            if any(m.warmup): raise ValueError(f"{m.name} cannot be joined: its weight grows over the first {max(m.warmup)} epochs; give the weight as a number, and a `schedule`.")
         if self.schedule is not o.schedule or self.epochs != o.epochs: raise ValueError(f"{self.name} and {o.name} cannot be joined: their schedules or epochs differ.")
         (a,ws),(b,vs) = self.weights(),o.weights()
         return Method(f'{self.name}+{o.name}', self.loss+o.loss, ws+vs, min(a, b), self.schedule, self.epochs)
@@ -187,14 +198,14 @@ class Results:
     ): self.path = Path(path)
 
     def read(self) -> list:
-        "The runs, without a line that was torn by a kill, and each once."
+        "The runs, without a line that was torn by a kill; of one that was made again the last."
         if not self.path.exists(): return []
         runs = {}
         for i,line in enumerate(self.path.read_bytes().splitlines(keepends=True), 1):
             if not line.endswith(b'\n'): continue
             try: run = json.loads(line)
             except ValueError: raise ValueError(f"Line {i} of {self.path} is no JSON: remove that line, or the file.") from None
-            runs.setdefault(run['key'], run)
+            runs[run['key']] = run
         return list(runs.values())
 
     def append(self, run:dict):
@@ -266,7 +277,7 @@ class Bfloat16(MixedPrecision):
         self.autocast = torch.autocast(self.dls.device.type, torch.bfloat16)
 
 # %% ../nbs/05_compare.ipynb #97a8c7dc
-def _number(x): return None if x is None or not math.isfinite(x) else round(float(x), 6)
+def _number(x): return None if x is None or not math.isfinite(x) else float(f'{float(x):.7g}')
 
 def _numbers(xs):
     "`xs` as numbers of JSON, which knows no NaN"
@@ -291,7 +302,7 @@ def train(
     set_seed(seed)
     for dl in dls.loaders: dl.seed(seed)
     clock = Clock(tick)
-    learn = Learner(dls, model(), CrossEntropyLossFlat(), opt_func=partial(Adam, wd=fit.wd, mom=fit.betas[0], sqr_mom=fit.betas[1], eps=fit.eps), lr=fit.lr, metrics=accuracy, train_bn=True)
+    learn = Learner(dls, model(), CrossEntropyLossFlat(), opt_func=partial(Adam, wd=fit.wd, mom=fit.betas[0], sqr_mom=fit.betas[1], eps=fit.eps), lr=fit.lr, metrics=accuracy)
     learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, ProgressCallback)])
     learn.logger = noop
     if bf16: learn.add_cbs([ChannelsLast(), Bfloat16()])
@@ -400,7 +411,10 @@ def compare(
     base = dict(base, fit=vars(recipe.student_fit), student=_shape(recipe.student), layers=recipe.layers, teacher=digest(settings),
         **(dict(student_augment=describe(recipe.student_augment)) if recipe.student_augment else {}))
     keys = {(m.name,s): digest([base, m.settings(), s]) for m in ms for s in seeds}
-    done = {r['key']: r for r in results.read()}
+    if len(set(keys.values())) < len(keys):
+        same = next((a,b) for i,a in enumerate(ms) for b in ms[:i] if keys[a.name,seeds[0]] == keys[b.name,seeds[0]])
+        raise ValueError(f"{same[1].name!r} and {same[0].name!r} are one method: name it once.")
+    done = {r['key']: r for r in results.read() if 'statistics' in r or not statistics}
     todo = [(m,s) for s in seeds for m in ms if keys[m.name,s] not in done]
     if show and len(todo) < len(keys): print(f"{len(keys)-len(todo)} of {len(keys)} runs are finished already, in {results.path}" + ('.' if todo else '; remove it to run them again.'))
     if todo:
@@ -409,6 +423,8 @@ def compare(
         bar = _Bar(n_teacher + sum(fit_of(m).epochs for m,_ in todo), show)
         bar.name('teacher')
         teacher,known = trained_teacher(recipe, parts.dls(recipe.teacher_fit.bs, device, recipe.augment), settings, results.path.parent, tick=bar.tick, bf16=bf16)
+        if any(done[k]['teacher']['checksum'] != known['checksum'] for k in keys.values() if k in done):
+            raise ValueError(f"The finished runs in {results.path} were taught by another teacher, whose file is gone: give another folder, or remove them.")
         teacher.to(device)
         fixed = not (parts.batch_of or recipe.student_augment)  # does an item always give the same input?
         # a cache of its own for each run: with a shared one, a run's numbers would depend on those before it
@@ -423,7 +439,7 @@ def compare(
                 teacher_fit=vars(recipe.teacher_fit), **circumstances(), when=time.strftime('%Y-%m-%dT%H:%M:%S%z'))
             results.append(run)
             done[run['key']] = run
-    return pd.DataFrame([done[k] for k in keys.values()])
+    return pd.DataFrame([{**done[k], 'method': name} for (name,_),k in keys.items()])
 
 # %% ../nbs/05_compare.ipynb #1ffc73bc
 def _check_losses(recipe, parts, ms):
@@ -451,7 +467,7 @@ def _device_name(device): return torch.cuda.get_device_name(device) if device.ty
 def _shape(model):
     "A digest of a model's layers and sizes; no random number of the caller is drawn"
     with torch.random.fork_rng(): m = model()
-    return digest([str(m), [[k,list(v.shape)] for k,v in m.state_dict().items()]])
+    return digest([re.sub(' at 0x[0-9a-f]+', '', str(m)), [[k,list(v.shape)] for k,v in m.state_dict().items()]])
 
 # %% ../nbs/05_compare.ipynb #748360b2
 def holm(
@@ -473,8 +489,7 @@ def paired(
 ) -> tuple:
     "Mean, 95 % t-interval (low, high) and p-value of paired differences; NaN where one pair cannot tell."
     d = np.asarray(differences, dtype=float)
-    if len(d) < 2: return d.mean() if len(d) else np.nan, np.nan, np.nan, np.nan
-    if np.ptp(d) == 0: return d[0], d[0], d[0], float(d[0] == 0)
+    if len(d) < 2 or np.ptp(d) < 1e-4: return d.mean() if len(d) else np.nan, np.nan, np.nan, np.nan  # accuracies come in steps: equal differences are chance, not certainty
     t = stats.ttest_1samp(d, 0.)
     low,high = t.confidence_interval(0.95)
     return d.mean(), low, high, t.pvalue
@@ -489,6 +504,7 @@ def table(
     Raises `ValueError` for runs of more than one comparison, which cannot be compared, and where one name stands for several methods."""
     if not len(runs): raise ValueError("There are no runs to make a table of.")
     if runs.comparison.nunique() > 1: raise ValueError("These runs are of several comparisons (other epochs, data, augmentation, teacher, precision or device): make one table for each.")
+    if len({t['checksum'] for t in runs.teacher}) > 1: raise ValueError("These runs had different teachers, which were trained with the same settings: make one table for each.")
     for name,g in runs.groupby('method'):
         if len({json.dumps(s, sort_keys=True) for s in g.settings}) > 1: raise ValueError(f"{name!r} names several methods of different settings here: give each a name of its own.")
     teacher = runs.teacher.iloc[0]
@@ -501,11 +517,13 @@ def table(
         seeds = base.index.intersection(g.index)
         row['pairs'] = len(seeds)
         row['difference'],row['low'],row['high'],row['p'] = paired(100*(g.accuracy[seeds] - base.accuracy[seeds]))
-        row['closed'] = 100*row['difference']/(rows['teacher']['accuracy'] - 100*base.accuracy[seeds].mean()) if len(seeds) else np.nan
+        way = rows['teacher']['accuracy'] - 100*base.accuracy[seeds].mean()
+        row['closed'] = 100*row['difference']/way if way > 0 else np.nan
         row['time'] = np.mean([np.mean(g.seconds[s])/np.mean(base.seconds[s]) for s in seeds]) if len(seeds) else np.nan
     columns = ['accuracy','sd','parameters','n','pairs','difference','low','high','p','p_holm','closed','time']
     df = pd.DataFrame.from_dict(rows, orient='index').reindex(columns=columns)
     df['p_holm'] = holm(df.p)
+    df.attrs['baseline'] = baseline
     return df
 
 # %% ../nbs/05_compare.ipynb #8280d494
@@ -513,7 +531,8 @@ def markdown(
     table:pd.DataFrame # As `table` makes it
 ) -> str:
     "A table for people, in Markdown."
-    head = ['','accuracy, %','parameters','n','difference to the student alone','95 % interval','p (Holm)','way to the teacher','time per epoch']
+    baseline = table.attrs.get('baseline', 'none')
+    head = ['','accuracy, %','parameters','n',f'difference to {"the student alone" if baseline == "none" else baseline}','95 % interval','p (Holm)','way to the teacher','time per epoch']
     rows = []
     for name,r in table.iterrows():
         alone = r.isna()

@@ -229,6 +229,36 @@ def test_a_name_is_not_what_a_method_is_known_by(tmp_path):
     assert a.key[0] != b.key[0]
     with pytest.raises(ValueError, match='name of its own'): table(pd.concat([a,b]))
 
+def test_two_names_of_one_method_are_refused(tmp_path):
+    with pytest.raises(ValueError, match='one method'): run(['none','soft','soft(weight=0.5)'], 1, out=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+def test_a_run_bears_the_name_that_was_asked_for(finished):
+    "whichever it was made under"
+    out,runs = finished
+    assert run(['soft(weight=0.5)'], [1], out=out)[['method','when']].values.tolist() == [['soft(weight=0.5)', runs.query("method == 'soft' and seed == 1").when.iloc[0]]]
+
+def test_statistics_are_made_where_they_are_missing(tmp_path):
+    first = run(['none'], 1, out=tmp_path)
+    second = run(['none'], 1, out=tmp_path, statistics=True)
+    assert 'statistics' not in first and second.statistics[0] and second.log[0] == first.log[0]
+    third = run(['none'], 1, out=tmp_path)
+    assert third.when[0] == second.when[0] and len(Results(tmp_path/'results.jsonl').read()) == 1
+
+def test_runs_of_a_teacher_that_is_gone_are_no_part_of_a_comparison(tmp_path):
+    run(['none'], 1, out=tmp_path)
+    line = json.loads((tmp_path/'results.jsonl').read_text())
+    line['teacher']['checksum'] = 'other'
+    (tmp_path/'results.jsonl').write_text(json.dumps(line)+'\n')
+    with pytest.raises(ValueError, match='another teacher'): run(['none','soft'], 1, out=tmp_path)
+
+def test_the_weights_of_a_method_are_those_after_its_warm_up():
+    "so that in a join they are not 0; a warm-up in epochs cannot be joined"
+    assert method('dkd').weights() == (1.,[1.]) and method('dkd+review').weights() == (1.,[1.,1.])
+    counted = method('DecoupledKD(weight=paper)')
+    assert counted.weights() == (1.,[1.]) and counted.settings() != method('DecoupledKD(weight=1,label_weight=1)').settings()
+    with pytest.raises(ValueError, match='20 epochs'): counted + method('nkd')
+
 def test_a_term_that_warms_up_has_a_mean(tmp_path):
     r = run(['dkd'], 1, out=tmp_path).iloc[0]
     assert all(v > 0 for v in r.log['kd_loss'])
@@ -282,12 +312,31 @@ def test_descriptions():
     json.dumps(describe([f(1), scheds[0], SoftTarget(), method('fitnet').loss]))
     assert '0x' not in json.dumps(describe([f(1), partial(f, 2), scheds[0], method('vid').loss]))
 
+def test_descriptions_see_what_is_inside():
+    "layers of a loss, the code of its class, and sets in whichever order they come"
+    class Net(torch.nn.Module):
+        def __init__(self, n):
+            super().__init__()
+            self.layer = torch.nn.Linear(2, n)
+        def forward(self, pred, teacher_pred): return self.layer(pred).mean()
+    first = describe(Net(2))
+    assert first == describe(Net(2)) != describe(Net(3)) and json.dumps(first)
+    class Net(Net):
+        def forward(self, pred, teacher_pred): return 2*self.layer(pred).mean()
+    assert describe(Net(2)) != first
+    assert describe({'b','a','c'}) == describe({'c','b','a'}) == ['a','b','c']
+    assert describe(lambda x: x in {1,2}) != describe(lambda x: x in {1,3})
+
+def test_small_numbers_are_kept():
+    from fastkd.compare import _number
+    assert _number(4.21234567e-7) == 4.212346e-7 and _number(float('nan')) is None
+
 # statistics
 
 def made(**accuracies):
     "Runs with given accuracies in %"
     return pd.DataFrame([dict(key=f'{m}{s}', comparison='c', method=m, seed=s, accuracy=a/100, parameters=7, settings=m, seconds=[1.,1.,2.] if m == 'none' else [7.,1.,1.],
-        log=dict(accuracy=[0.1,0.2,a/100]), teacher=dict(accuracy=0.9, parameters=70)) for m,accs in accuracies.items() for s,a in enumerate(accs)])
+        log=dict(accuracy=[0.1,0.2,a/100]), teacher=dict(accuracy=0.9, parameters=70, checksum='t')) for m,accs in accuracies.items() for s,a in enumerate(accs)])
 
 def test_table_worked_by_hand():
     t = table(made(none=[50.,60.,70.], a=[51.,62.,73.], b=[50.,60.]))
@@ -299,8 +348,7 @@ def test_table_worked_by_hand():
     assert a.p == pytest.approx(1 - t2/(2+t2**2)**0.5)
     assert a.time == pytest.approx(9/4) and a.closed == pytest.approx(100*2/30)
     b = t.loc['b']
-    assert [b.n, b.pairs, b.difference, b.low, b.high, b.p] == [2,2,0,0,0,1]
-    assert t.p_holm[['a','b']].tolist() == pytest.approx([min(1, 2*a.p), 1])
+    assert b[['n','pairs','difference']].tolist() == [2,2,0] and t.p_holm['a'] == a.p
     assert t.loc['teacher','accuracy'] == 90
 
 def test_only_common_seeds_are_paired():
@@ -313,6 +361,25 @@ def test_one_seed_has_no_interval():
     t = table(made(none=[50.], a=[51.]))
     assert t.difference['a'] == pytest.approx(1) and t[['low','high','p','p_holm']].loc['a'].isna().all()
     assert markdown(t).count('\n') == 4
+
+@pytest.mark.parametrize('gain', [0.,0.3])
+def test_equal_differences_are_no_certainty(gain):
+    "also where they are equal but for rounding, as accuracies in single precision are"
+    a,b = np.float32([0.5,0.75]),np.float32([0.5+gain/100,0.75+gain/100])
+    d,*rest = paired(100*(b.astype(float)-a.astype(float)))
+    assert d == pytest.approx(gain, abs=1e-4) and np.isnan(rest).all()
+
+def test_there_is_no_way_to_a_teacher_that_is_worse():
+    assert np.isnan(table(made(none=[90.,95.], a=[91.,97.])).closed['a'])
+
+def test_a_table_says_what_it_compares_with():
+    runs = made(none=[50.,60.], a=[51.,62.])
+    assert 'difference to the student alone' in markdown(table(runs)) and 'difference to a ' in markdown(table(runs, 'a'))
+
+def test_several_teachers_make_no_table():
+    runs = made(none=[50.], a=[51.])
+    runs['teacher'] = [dict(accuracy=0.9, parameters=70, checksum=c) for c in 'tu']
+    with pytest.raises(ValueError, match='different teachers'): table(runs)
 
 def test_without_the_baseline_nothing_is_compared():
     assert table(made(a=[50.,51.])).difference.isna().all()

@@ -115,6 +115,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'fastkd.callback._Guest.__init__': ('callback.html#_guest.__init__', 'fastkd/callback.py'),
                                  'fastkd.callback._Guest.forward': ('callback.html#_guest.forward', 'fastkd/callback.py'),
                                  'fastkd.callback._autocast_depth': ('callback.html#_autocast_depth', 'fastkd/callback.py'),
+                                 'fastkd.callback._averaged': ('callback.html#_averaged', 'fastkd/callback.py'),
                                  'fastkd.callback._columns': ('callback.html#_columns', 'fastkd/callback.py'),
                                  'fastkd.callback._pairs': ('callback.html#_pairs', 'fastkd/callback.py'),
                                  'fastkd.callback.autocast_left': ('callback.html#autocast_left', 'fastkd/callback.py'),

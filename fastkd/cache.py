@@ -129,7 +129,8 @@ class LogitsCache:
         else:
             if self.new is None or self.n + len(rows) > len(self.new): self._grow(len(rows))
             self.new[self.n:self.n+len(rows)] = rows
-        for k in fresh: self.index[k],self.n = (-1,self.n),self.n+1
+        start,self.n = self.n,self.n+len(rows)
+        self.index.update(zip(fresh, ((-1,i) for i in range(start, self.n))))
 
     def _grow(self, n):
         "Twice the room for rows in memory"
@@ -148,7 +149,9 @@ class LogitsCache:
     def _append(self, rows):
         if self.file is None: self.file = self.folder/f'rows-{uuid.uuid4().hex}.bin'
         rows['check'] = self._check(rows['key'], rows['z'])
-        with open(self.file, 'ab') as f: f.write(rows.tobytes())
+        with open(self.file, 'r+b' if self.file.exists() else 'wb') as f:
+            f.seek(self.n*rows.itemsize)  # over what a put that was interrupted left
+            f.write(rows.tobytes())
 
     def get(self,
         keys:list # Row keys, none of them missing

@@ -41,7 +41,7 @@ class Term:
         if not self.named: raise TypeError(f"The loss {self.name} takes none of the keywords {', '.join(_offered)}.")
         more = [n for n,p in params.items() if n not in _offered and p.default is p.empty and p.kind in (p.POSITIONAL_ONLY,p.POSITIONAL_OR_KEYWORD,p.KEYWORD_ONLY)]
         if more: raise TypeError(f"The loss {self.name} asks for {', '.join(more)}, but a loss gets what it names of {', '.join(_offered)}: wrap it, e.g. `lambda pred, teacher_pred: F.mse_loss(pred, teacher_pred)`.")
-        self.labels = 'target' in self.named and 'target' in params and params['target'].default is inspect.Parameter.empty
+        self.labels = 'target' in params and params['target'].default is inspect.Parameter.empty
 
     @property
     def name(self): return getattr(self.loss, '__name__', type(self.loss).__name__)
@@ -137,10 +137,16 @@ def ignored_index(
     "The label that `loss_func` leaves out, `None` where there is none."
     return next((f.ignore_index for f in (loss_func, getattr(loss_func, 'func', None)) if hasattr(f, 'ignore_index')), None)
 
+def _averaged(loss_func):
+    "The arguments of `mean_logits` for an ensemble that is judged by `loss_func`"
+    f = getattr(loss_func, 'func', loss_func)
+    if isinstance(f, (nn.MSELoss,nn.L1Loss,nn.SmoothL1Loss,nn.HuberLoss)) or f in (F.mse_loss,F.l1_loss,F.smooth_l1_loss,F.huber_loss): return dict(T=None)
+    return dict(axis=None if isinstance(f, nn.BCEWithLogitsLoss) or f is F.binary_cross_entropy_with_logits else class_axis(loss_func))
+
 # %% ../nbs/03_callback.ipynb #67f57111
 class LossParameters:
     "The parameters of losses: trained by the learner's optimizer with the settings of its last group, and no part of it otherwise."
-    def __init__(self): self.params,self.states,self.opt = [],[],None
+    def __init__(self): self.params,self.states,self.slow,self.opt = [],[],None,None
 
     def add(self,
         params:list # More parameters, from the next `join` on
@@ -148,6 +154,7 @@ class LossParameters:
         self.leave()
         self.params = self.params + params
         self.states = [state + [{} for _ in params] for state in self.states]
+        if self.slow is not None: self.slow = self.slow + [p.detach().clone() for p in params]
 
     def join(self,
         opt # A learner's optimizer
@@ -160,21 +167,26 @@ class LossParameters:
         groups = opt.param_lists
         groups[-1] = groups[-1] + self.params
         opt.param_lists = groups
+        if getattr(opt, 'slow_weights', None) is not None:  # those of fastai's `Lookahead`, in the order of the parameters
+            opt.slow_weights[-1] = opt.slow_weights[-1] + (self.slow or [p.detach().clone() for p in self.params])
 
     def leave(self):
         "Take the parameters out again; their state is kept for the next time."
         if self.opt is None: return
-        self.states = self.kept()
+        self.states,self.slow = self.kept().values()
         for store in self._stores(self.opt):
             for p in self.params: store.pop(p, None)
         ours,groups = {id(p) for p in self.params},self.opt.param_lists
         for i,ps in enumerate(groups): groups[i] = type(ps)(p for p in ps if id(p) not in ours)
         self.opt.param_lists = groups
+        if self.slow is not None: self.opt.slow_weights[-1] = self.opt.slow_weights[-1][:-len(self.slow)]
         self.opt = None
 
-    def kept(self) -> list:
+    def kept(self) -> dict:
         "The optimizer's state of each parameter."
-        return self.states if self.opt is None else [[store.get(p, {}) for p in self.params] for store in self._stores(self.opt)]
+        if self.opt is None: return dict(opt=self.states, slow=self.slow)
+        slow = getattr(self.opt, 'slow_weights', None)
+        return dict(opt=[[store.get(p, {}) for p in self.params] for store in self._stores(self.opt)], slow=slow and list(slow[-1][-len(self.params):]))
 
     @staticmethod
     def _stores(opt):
@@ -249,14 +261,16 @@ class KnowledgeDistillationCallback(Callback):
 
     def before_fit(self):
         "Add the columns of the epoch table"
-        if self.taps is None: self.offer = dict(axis=class_axis(self.loss_func), ignore_index=ignored_index(self.loss_func))  # before MixUp replaces the loss
-        if not self.create_mbar: return
-        self.close()
+        if not self.fresh:
+            self.others += self.create_mbar
+            return
+        self.fresh = False
+        self.offer = dict(axis=class_axis(self.loss_func), ignore_index=ignored_index(self.loss_func))  # before MixUp replaces the loss
         self.trying = hasattr(self.learn, 'lr_finder')  # it puts the student back
         self.student = weakref.ref(self.learn)
         columns = ['label_loss'] + [t.column for t in self.terms]
         self.curves = {'train': {c: [] for c in columns}, 'valid': {c: [] for c in columns}, 'steps': []}
-        self.undo.enter_context(_columns(self.learn, [TermMetric(self.values, c) for c in columns]))
+        if self.create_mbar: self.undo.enter_context(_columns(self.learn, [TermMetric(self.values, c) for c in columns]))
 
     def before_epoch(self):
         for m in self.learn.metrics:
@@ -341,6 +355,7 @@ class KnowledgeDistillationCallback(Callback):
         "The values of `terms` for this batch"
         learn = self.learn
         logits,features = any(t.logits for t in terms),any(t.features for t in terms)
+        if terms and not self.checked: logits = any(t.logits for t,w in zip(self.terms, self.weights.each) if w)  # also those that count only later
         pred,outs,acts = _plain(logits_of(learn.pred)),[],({},{})
         if logits or features:
             outs = [_plain(o) for o in self.teacher.run(*learn.xb, taps=self.taps[1] if features else None, logits=logits)]
@@ -354,8 +369,9 @@ class KnowledgeDistillationCallback(Callback):
                 fm_s,fm_t = [{p: a[p[i]] for p in t.pairs} for i,a in enumerate(acts)] if t.features else ({},{})
                 if t in self.unbuilt: self._build(t, fm_s, fm_t)
                 if t.trained: t.loss.train(learn.training)  # it may have BatchNorm or dropout
-                T = getattr(t.loss, 'T', None)
-                teacher_pred = mean_logits(outs, T(learn.pct_train) if callable(T) else T, self.offer['axis']) if t.logits else None
+                T,how = getattr(t.loss, 'T', None),getattr(t.loss, 'ensemble', 'softmax')
+                if how is None: T = None
+                teacher_pred = mean_logits(outs, T(learn.pct_train) if callable(T) else T, None if how == 'sigmoid' else self.offer['axis']) if t.logits else None
                 value = t(teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, **offer)
                 self.values[t.column] = value.detach().clone()
                 values.append(value)
@@ -365,6 +381,8 @@ class KnowledgeDistillationCallback(Callback):
         "On the first batch: do the teacher's outputs fit, and where are the classes?"
         if isinstance(target, Tensor) and pred.ndim == target.ndim+1 > 2 and pred.shape[:-1] != target.shape == pred.shape[:1]+pred.shape[2:]:
             self.offer['axis'] = 1  # the shape of the labels says so where the loss function has no `axis`
+        if getattr(self.teacher.cache, 'topk', None) is not None and self.offer['axis'] not in (-1, pred.ndim-1):
+            raise ValueError(f"`topk` keeps the largest logits of the last axis, but the classes are on axis {self.offer['axis']}: leave it out.")
         for out in outs:
             if out.shape != pred.shape:
                 raise ValueError(f"The student puts out logits of shape {tuple(pred.shape)} and the teacher {tuple(out.shape)}. Both must know the same classes in the same order: "
@@ -385,15 +403,14 @@ class KnowledgeDistillationCallback(Callback):
             for p in params: torch.distributed.broadcast(p.data, 0)
         self.own.add(params)
         self.unbuilt.remove(term)
-        if self.unbuilt: return
-        if self.loaded: self.own.states = copy.deepcopy(self.loaded['opt'])
+        if self.loaded and not self.unbuilt: self.own.states,self.own.slow = copy.deepcopy((self.loaded['opt'], self.loaded.get('slow')))
         if self.training: self.own.join(self.opt)
 
     def state_dict(self) -> dict:
         "The parameters of the losses and the optimizer's state of them, of this fit or the last one: to be saved beside a checkpoint of the student, for training to go on from."
         if not self.own.params: return self.ended
         losses = {t.column: t.loss.state_dict() for t in self.terms if t.trained}
-        return copy.deepcopy({'losses': losses, 'opt': self.own.kept()})
+        return copy.deepcopy({'losses': losses, **self.own.kept()})
 
     def load_state_dict(self, state:dict):
         "Let the losses of the next fit go on from `state`, a `state_dict()`; otherwise they start anew in each fit."
@@ -406,7 +423,7 @@ class KnowledgeDistillationCallback(Callback):
 
     def before_step(self): self.own.average()
     def after_step(self):
-        if self.taps is not None: self.teacher.after_step(self.learn)
+        if self.taps is not None: self.teacher.after_step(self.learn, **self.offer)
 
     def after_batch(self):
         "Keep the curves; drop the activations"
@@ -421,7 +438,7 @@ class KnowledgeDistillationCallback(Callback):
 
     def after_epoch(self):
         "Keep the validation's means; a term that was 0 all through an epoch is hardly meant"
-        if not self.create_mbar: return
+        if not self.create_mbar or self.others: return
         self.after_train()
         for m in self.learn.metrics:
             if isinstance(m, TermMetric): self.curves['valid'][m.column].append(float(m.value))
@@ -433,7 +450,9 @@ class KnowledgeDistillationCallback(Callback):
                 warnings.warn(f"The distillation term {t.column} was exactly 0 in the whole epoch: the student learns nothing from it. Is the teacher another model, and are these its layers?")
 
     def after_fit(self):
-        if self.create_mbar: self.close()
+        if not self.create_mbar: return
+        if self.others: self.others -= 1
+        else: self.close()
 
     def forget(self):
         "Drop the hooks and the activations of a batch"
@@ -448,14 +467,15 @@ class KnowledgeDistillationCallback(Callback):
         self.own.leave()
         self.undo.close()
         self.own,self.taps,self.unbuilt,self.checked,self.warned = LossParameters(),None,[],False,False
+        self.fresh,self.others = False,0  # is a fit about to begin? how many `tta` and `with learn`, which look like one, are open?
 
 # %% ../nbs/03_callback.ipynb #91cd4331
 class _Guest(nn.Module):
     "A teacher as the model of a `Learner`"
-    def __init__(self, teacher):
+    def __init__(self, teacher, loss_func):
         super().__init__()
-        self.teacher,self.place = teacher,nn.Parameter(torch.empty(0))  # a learner looks where its model's parameters are
-    def forward(self, *xb): return self.teacher(*xb)
+        self.teacher,self.averaged,self.place = teacher,_averaged(loss_func),nn.Parameter(torch.empty(0))  # a learner looks where its model's parameters are
+    def forward(self, *xb): return mean_logits(self.teacher.run(*xb), **self.averaged)
 
 # %% ../nbs/03_callback.ipynb #67dbf5c1
 @contextmanager
@@ -489,6 +509,7 @@ def fit(self:Learner, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, star
     "Fit `self.model` for `n_epoch` using `cbs`, as fastai does; nothing of a distillation is left afterwards, however it ended."
     kds = [cb for cb in L(cbs)+self.cbs if isinstance(cb, KnowledgeDistillationCallback)]
     if len(kds) > 1: raise ValueError("There are two distillation callbacks in this fit (or one both in the learner and in `fit(cbs=)`): give one, with a list of losses or of teachers.")
+    for cb in kds: cb.fresh = True
     try:
         with autocast_left(L(cbs)+self.cbs if kds else ()): self._orig_fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
     finally:
@@ -503,7 +524,7 @@ def teacher_metrics(self:KnowledgeDistillationCallback,
     learn = learn or self.learn or self.student()
     if learn is None: raise ValueError("There has been no fit yet: say for which learner, `teacher_metrics(learn)`.")
     metrics = [m for m in learn.metrics if not isinstance(m, TermMetric)]
-    guest = Learner(learn.dls, _Guest(self.teacher), learn.loss_func, metrics=metrics, default_cbs=False, cbs=[TrainEvalCallback,Recorder])
+    guest = Learner(learn.dls, _Guest(self.teacher, learn.loss_func), learn.loss_func, metrics=metrics, default_cbs=False, cbs=[TrainEvalCallback,Recorder])
     with self.teacher.on(guest.dls.device): values = guest.validate()
     return dict(zip(['loss', *(m.name for m in metrics)], values))
 

@@ -44,8 +44,9 @@ class KDLoss(nn.Module):
     """A distillation loss: plain tensors of single precision or better, autocast off, no gradient to the teacher.
 
     `paper` holds the weights `(label, kd)` with which the authors' CIFAR-100 results were made,
-    `warmup_epochs` the epochs over which they let the distillation weight grow from 0."""
-    paper,warmup_epochs = (0.5, 0.5),0
+    `warmup_epochs` the epochs over which they let the distillation weight grow from 0. `ensemble` says as what the logits of several
+    teachers are averaged: probabilities of classes ('softmax'), of yes and no ('sigmoid'), or as they are (`None`)."""
+    paper,warmup_epochs,ensemble = (0.5, 0.5),0,'softmax'
 
     def __call__(self, *args, **kwargs):
         if args: kwargs = dict(**dict(zip(_arguments(type(self).forward)[:len(args)], args, strict=True)), **kwargs) # complains of a name given twice
@@ -326,6 +327,7 @@ class BinarySoftTarget(KDLoss):
     """Match the teacher's softened yes/no probabilities: `T²·mean KL(sigmoid(z_t/T) ‖ sigmoid(z_s/T))` over all labels.
 
     Logits of any shape. The soft binary cross-entropy minus the teacher's entropy."""
+    ensemble = 'sigmoid'
     def __init__(self,
         T=2., # Temperature, or a function of training progress
     ):
@@ -356,7 +358,7 @@ class ChannelWise(KDLoss):
 
     Logits `(B, C, H, W)` with `axis=1`, or with the classes on any other `axis`. Raises `ValueError` where there is no axis of space.
     Shu et al., ICCV 2021, "Channel-wise knowledge distillation for dense prediction"."""
-    paper = (1., 3.)
+    paper,ensemble = (1., 3.),None
     def __init__(self,
         T=1., # Temperature, or a function of training progress
     ):

@@ -4,13 +4,14 @@
 
 # %% ../nbs/02_teacher.ipynb #7ff842f3
 from __future__ import annotations
-import hashlib, math, weakref
+import hashlib, math, re, weakref, zlib
 from copy import deepcopy
 from contextlib import contextmanager, ExitStack
 import torch
+import torch.nn.functional as F
 from torch import nn, Tensor
 from torch.optim.swa_utils import AveragedModel
-from fastai.basics import L, Learner, find_device, noop, tuplify
+from fastai.basics import L, Learner, detuplify, find_device, noop, tuplify
 from .cache import LogitsCache, row_keys
 from .layers import evaluating, first_tensor, unwrap
 from .losses import Mutual
@@ -40,12 +41,12 @@ def digest(
     models, # Modules
     *settings # What else decides their outputs
 ) -> str:
-    "A digest of the weights and buffers of `models`; another for other weights, names, or `settings`."
+    "A digest of the layers, weights and buffers of `models`; another for other ones, other names, or other `settings`."
     h = hashlib.sha256(repr(settings).encode())
     for m in models:
         if not isinstance(m, nn.Module): h.update(f'{type(m)} {id(m)}'.encode())
         else:
-            h.update(f'{type(m).__qualname__}'.encode())
+            h.update(re.sub(' at 0x[0-9a-f]+', '', str(m)).encode())  # of a function in it the name, for its address is another in each process
             for name,t in m.state_dict().items():
                 if isinstance(t, Tensor): h.update(f'{name} {tuple(t.shape)} {t.dtype} {row_keys(t.reshape(1,-1)).item() if t.numel() else 0}'.encode())
     return h.hexdigest()
@@ -111,7 +112,7 @@ class Teacher:
             return self._forward(*xb, taps=taps, logits=logits)
 
     def __call__(self, *xb) -> Tensor:
-        "The logits for the inputs `xb`; of an ensemble those of the mean probabilities."
+        "The logits for the inputs `xb`; of an ensemble those of the mean probabilities, the classes on the last axis."
         return mean_logits(self.run(*xb))
 
     def _forward(self, *xb, taps=None, logits=True):
@@ -124,7 +125,9 @@ class Teacher:
 
     def _cached(self, *xb):
         "The logits from the cache; the models run on inputs that are new to it"
-        keys = row_keys(*xb).tolist()
+        device = find_device(xb).type
+        precision = str(torch.get_autocast_dtype(device)) if self.dtype is None and torch.is_autocast_enabled(device) else ''
+        keys = (row_keys(*xb) ^ zlib.crc32(precision.encode())).tolist()  # of one input the logits are others under autocast
         if self.n_items is not None:
             self.seen.update(keys)
             if len(self.seen) > self.n_items:
@@ -143,8 +146,8 @@ class Teacher:
         "What puts a teacher that moves back to where it is now, as `lr_find` does with the student"
         return noop
 
-    def after_step(self, learn):
-        "Called after each step of the student's optimizer; nothing to do for a teacher that stays as it is."
+    def after_step(self, learn, **offer):
+        "Called after each step of the student's optimizer, with the class axis and the label to leave out; nothing to do for a teacher that stays as it is."
 
     def reset(self):
         "Forget the hidden state of recurrent models, as fastai's `ModelResetter` does for the student"
@@ -183,12 +186,13 @@ class Teacher:
 def mean_logits(
     logits:list, # One tensor of logits for each model, all of one shape
     T:float|None=1., # Temperature at which probabilities are averaged; `None` for the plain mean
-    axis:int=-1 # The class axis
+    axis:int|None=-1 # The class axis; `None` where each number is a yes or no of its own
 ) -> Tensor:
-    "Logits `z` of an ensemble: `softmax(z/T)` is the mean of the models' `softmax(z_i/T)`; with `T=None` the mean of `z_i`."
+    "Logits `z` of an ensemble: `softmax(z/T)` (with `axis=None` the sigmoid) is the mean of the models' `softmax(z_i/T)`; with `T=None`, and for a single column, the mean of `z_i`."
     if len(logits) == 1: return logits[0]
     z = torch.stack([o.float() if o.dtype in (torch.half,torch.bfloat16) else o for o in logits])
-    if T is None: return z.mean(0)
+    if axis is None and T is not None: return T*(F.logsigmoid(z/T).logsumexp(0) - F.logsigmoid(-z/T).logsumexp(0))
+    if T is None or logits[0].shape[axis] == 1: return z.mean(0)
     # axis counts in one model's logits: the stacked dimension stands before it
     log_p = (z/T).log_softmax(axis if axis < 0 else axis+1)
     return T*(log_p.logsumexp(0) - math.log(len(logits)))
@@ -221,7 +225,7 @@ class EMATeacher(Teacher):
         def back(): self.student,self.average,self.models = kept
         return back
 
-    def after_step(self, learn):
+    def after_step(self, learn, **offer):
         self.average.update_parameters(unwrap(learn.model))
         if self.dtype is not None: self.running[0].load_state_dict(self.average.module.state_dict())  # the copy that runs
 
@@ -242,9 +246,11 @@ class PeerTeacher(Teacher):
         weight:float=1., # Weight of that term
         label_weight:float=1. # Weight of its own loss
     ):
+        from fastkd.callback import Term  # which imports this module
         if not isinstance(peer, Learner): raise TypeError(f"A peer is a `Learner`, for it trains too, but this is {type(peer).__name__}.")
         super().__init__(peer)
-        self.peer,self.loss,self.weight,self.label_weight,self.pred = peer,loss or Mutual(),weight,label_weight,None
+        self.peer,self.term,self.weight,self.label_weight,self.pred = peer,Term(loss or Mutual()),weight,label_weight,None
+        if self.term.features or self.term.trained: raise ValueError(f"A peer learns from logits alone: {self.term.name} compares activations, or has parameters.")
 
     def begin(self, learn):
         if hasattr(learn, 'gradient_accumulation'): raise ValueError("A peer makes its own step on each batch, so it cannot train with `GradientAccumulation`: leave it out, and choose another batch size.")
@@ -273,10 +279,11 @@ class PeerTeacher(Teacher):
     @property
     def training(self): return torch.is_grad_enabled()  # fastai validates without
 
-    def after_step(self, learn):
+    def after_step(self, learn, **offer):
         "The peer's own step"
         if self.pred is None: return
-        loss = self.label_weight*learn.loss_func(self.pred, *learn.yb) + self.weight*self.loss(pred=self.pred, teacher_pred=logits_of(learn.pred).detach())
+        term = self.term(pred=self.pred, teacher_pred=logits_of(learn.pred).detach(), target=detuplify(learn.yb), pct_train=learn.pct_train, **offer)
+        loss = self.label_weight*learn.loss_func(self.pred, *learn.yb) + self.weight*term
         for h in self.peer.opt.hypers: h.update({k: v for k,v in learn.opt.hypers[-1].items() if k in h})
         loss.backward()
         self.peer.opt.step(); self.peer.opt.zero_grad()

@@ -377,3 +377,18 @@ def test_data_parallel():
         learner(batches(shuffle=False), wrap(s)).fit(1, cbs=KnowledgeDistillationCallback(wrap(t), [SoftTarget,Attention], ['bn1'], ['bn1']))
         return weights(s)
     assert same(fitted(lambda m: m), fitted(nn.DataParallel))
+
+def test_lookahead_looks_ahead_for_the_losses_parameters_too():
+    "fastai's `ranger`; of them nothing is left in the optimizer, and the next fit may have others"
+    from fastai.optimizer import ranger
+    learn,seen = learner(batches(shuffle=False), opt_func=ranger),[]
+    class Watch(Callback):
+        order = 30
+        def after_step(self): seen.append([torch.equal(a, b) for a,b in zip(kd.own.params, kd.own.kept()['slow'])])
+    kd = KnowledgeDistillationCallback(net(width=6, seed=7), FitNet, 'conv1', 'conv1', weight='paper')
+    learn.fit(2, cbs=[kd, Watch()])
+    assert len(seen) == 6 and seen[5] and all(seen[5]) and not any(seen[4])  # every sixth step it meets its slow weights; an epoch ends at the third
+    def tidy(): return [len(o) for o in learn.opt.slow_weights] == [len(o) for o in learn.opt.param_lists] == [len(o) for o in learn.opt.state_dict()['slow_weights']]
+    assert tidy()
+    learn.fit(1, cbs=KnowledgeDistillationCallback(net(width=9, seed=8), FitNet, 'conv1', 'conv1', weight='paper'))
+    assert tidy()

@@ -113,6 +113,22 @@ def test_only_fit_distils(loss):
     outside(learn); learn.summary()
     assert len(teacher.seen) == n and len(learn.metrics) == 0
 
+def test_what_looks_like_a_fit_leaves_the_last_ones_curves():
+    "`tta`, and `with learn`, send the events of a fit; also inside one"
+    learn = learner(batches(shuffle=False), cbs=KnowledgeDistillationCallback(Spy(), SoftTarget))
+    kd = learn.knowledge_distillation
+    class Open(Callback):
+        order = 30
+        def after_train(self):
+            with self.learn: pass
+    learn.fit(2, cbs=Open())
+    assert len(kd.curves['train']['kd_loss']) == 6 and len(kd.curves['valid']['kd_loss']) == 2 and 'kd_loss' in list(learn.recorder.metric_names)
+    before = str(kd.curves)
+    with learn: pass
+    assert str(kd.curves) == before and not learn.metrics
+    with learn.no_mbar(): learn.fit(1)
+    assert len(kd.curves['train']['kd_loss']) == 3
+
 def test_lr_find_distils():
     teacher = Spy()
     learn = learner(cbs=KnowledgeDistillationCallback(teacher, SoftTarget))

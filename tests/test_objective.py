@@ -191,14 +191,54 @@ def test_ensemble_is_the_mean_at_the_losss_temperature():
     learner(dls, mine).fit(1, cbs=KnowledgeDistillationCallback([teacher,other], SoftTarget(T=4)))
     close(weights(theirs), weights(mine))
 
+def test_an_ensemble_for_yes_and_no_is_the_mean_of_sigmoids():
+    z = [4*torch.randn(5, 3) for _ in range(3)]
+    for T in 1.,2.: torch.testing.assert_close((mean_logits(z, T, axis=None)/T).sigmoid(), torch.stack([(o/T).sigmoid() for o in z]).mean(0))
+    assert torch.isfinite(mean_logits([1e4*o for o in z], axis=None)).all()
+
+@pytest.mark.parametrize('loss', [SoftTarget, BinarySoftTarget, ChannelWise, Logits, DIST])
+def test_two_teachers_that_agree_are_one(loss):
+    "also where the numbers of a row are not the probabilities of one class among several"
+    class Maps(nn.Conv2d):
+        def __init__(self, seed): torch.manual_seed(seed); super().__init__(1, 3, 1)
+    make = Maps if loss is ChannelWise else lambda seed: net(seed=seed)
+    seen = []
+    for teacher in make(7),[make(7),make(7)]:
+        def plain(z, y): return z.square().mean()
+        kd = KnowledgeDistillationCallback(teacher, loss)
+        learner(batches(shuffle=False, dtype=torch.float64), make(1), loss_func=plain).fit(1, cbs=kd)
+        seen.append(kd.curves['train']['kd_loss'])
+    assert seen[0] == pytest.approx(seen[1], rel=1e-9) and min(seen[0]) > 0
+
 def test_a_last_batch_of_one_row_does_not_end_the_fit():
     "In validation the last batch is what is left over; RKD compares rows with each other"
     kd = KnowledgeDistillationCallback(net(width=6, seed=7), [RKD,Similarity,PKT], ['conv2'], ['conv2'], weight=.1)
     learner(batches(n_valid=9)).fit(1, cbs=kd)
     assert all(math.isfinite(c[0]) and c[0] > 0 for c in kd.curves['valid'].values())
 
+class Late(KDLoss):
+    "A loss whose weight is 0 in the first batch, and which makes its parameters in its own first"
+    paper,warmup_epochs = (1.,1.),1
+    def build(self, fm_s, fm_t): self.scale = nn.Parameter(torch.ones(()))
+    def forward(self, pred, teacher_pred): return self.scale*F.mse_loss(pred, teacher_pred)
+
+def test_a_loss_is_trained_while_another_is_not_yet_made():
+    seen = []
+    for losses in [Mine],[Mine,Late]:
+        dls,mine,_,teacher = pair()
+        class Watch(Callback):
+            order = 30
+            def after_step(self): steps.append([p.detach().clone() for p in kd.own.params[:2]])
+        kd,steps = KnowledgeDistillationCallback(teacher, losses, weight='paper'),[]
+        learner(dls, mine).fit(1, cbs=[kd, Watch()])
+        seen.append(steps[:2])
+    assert len(seen[0]) == 2
+    for alone,joined in zip(*seen):
+        for a,b in zip(alone, joined): torch.testing.assert_close(a, b)
+
 class Mine(nn.Module):
     "A user's loss with parameters that are there from the start"
+    paper = (1.,1.)
     def __init__(self): super().__init__(); torch.manual_seed(5); self.map = nn.Linear(3, 3)
     def forward(self, pred, teacher_pred): return F.mse_loss(self.map(pred), teacher_pred)
 

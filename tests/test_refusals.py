@@ -109,6 +109,12 @@ def test_nan_of_the_teacher_is_the_teachers():
     with torch.no_grad(): teacher.conv1.bias[0] = math.nan
     refused(FloatingPointError, 'teacher', teacher, Attention, 'conv1', 'conv1')
 
+def test_a_broken_teacher_is_found_where_its_logits_come_in_later():
+    "`DecoupledKD` at its paper's weights is 0 in the first batch"
+    teacher = net(width=6)
+    teacher.fc.weight.data.fill_(float('nan'))
+    refused(FloatingPointError, 'teacher', teacher, [FitNet(layers={'conv1':'conv1'}),DecoupledKD], weight='paper', label_weight=1.)
+
 def test_labels_that_mixup_mixes():
     refused(ValueError, 'label', net(), lambda pred, target: pred.sum(), cbs=[MixUp()])
 

@@ -121,6 +121,48 @@ def test_random_inputs_are_refused():
     with pytest.raises(ValueError, match='squish'): fitted(Teacher(Counting(), cache=True), cbs=[Noise()])
     with pytest.raises(ValueError, match='mixed'): fitted(Teacher(Counting(), cache=True), cbs=[MixUp()])
 
+def test_an_interrupted_write_moves_no_row(tmp_path, monkeypatch):
+    cache = LogitsCache(tmp_path/'z')
+    cache.open('a teacher')
+    z = lambda *values: torch.tensor(values)[:,None].expand(-1, 4)
+    cache.put([1], z(1.))
+    append = LogitsCache._append
+    def interrupted(self, rows):
+        append(self, rows)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(LogitsCache, '_append', interrupted)
+        cache.put([2,20], z(2.,20.))
+    cache.put([3], z(3.))
+    assert cache.missing([1,2,3,20]) == [1,3] and torch.equal(cache.get([3,1]), z(3.,1.))
+    cache.put([2], z(2.))
+    other = LogitsCache(tmp_path/'z')
+    other.open('a teacher')
+    assert torch.equal(other.get([1,2,3]), z(1.,2.,3.))
+
+def test_other_layers_with_the_same_weights_are_another_teacher(tmp_path):
+    from fastai.layers import Lambda
+    from fastkd.teacher import digest
+    of = lambda act: (torch.manual_seed(0), digest([nn.Sequential(nn.Linear(2, 3), act, nn.Linear(3, 2))]))[1]
+    assert of(nn.ReLU()) == of(nn.ReLU()) != of(nn.Tanh())
+    assert of(Lambda(lambda x: x)) == of(Lambda(lambda x: x))  # whose text tells an address
+
+def test_logits_of_another_precision_are_not_taken():
+    "Under autocast the same teacher says something else"
+    model = net(width=6, seed=7)
+    teacher,x = Teacher(model, cache=True),torch.randn(8,1,8,8)
+    with torch.no_grad(): exact = model.eval()(x)
+    for _ in range(2):
+        with teacher.on(): assert torch.equal(teacher.run(x)[0], exact)
+        with teacher.on(), torch.autocast('cpu', torch.bfloat16): assert 0 < (teacher.run(x)[0]-exact).abs().max() < .1
+    assert len(teacher.cache) == 16
+
+def test_topk_wants_the_classes_last():
+    class Maps(nn.Conv2d):
+        def __init__(self): super().__init__(1, 3, 1)
+    learn = learner(DataLoaders.from_dsets(*[[(torch.randn(1,4,4), torch.zeros(4,4).long())]*8]*2, bs=8, device='cpu'), Maps(), loss_func=CrossEntropyLossFlat(axis=1))
+    with pytest.raises(ValueError, match='last axis'): learn.fit(1, cbs=KnowledgeDistillationCallback(Teacher(Maps(), cache=True, topk=2), SoftTarget))
+
 def test_activations_are_refused():
     with pytest.raises(ValueError, match='activations'): fitted(Teacher(Counting(), cache=True), loss=Attention)
 
@@ -207,6 +249,19 @@ def test_teacher_metrics():
     learn.fit(1, cbs=kd)
     assert kd.teacher_metrics() == pytest.approx(expected, rel=1e-5)
 
+@pytest.mark.parametrize('loss_func,mean', [(nn.MSELoss(), lambda z: z.mean(0)), (nn.BCEWithLogitsLoss(), lambda z: z.sigmoid().mean(0).logit()),
+    (CrossEntropyLossFlat(), lambda z: z.softmax(-1).mean(0).log()), (CrossEntropyLossFlat(axis=1), lambda z: z.softmax(2).mean(0).log())], ids=['regression','labels','classes','maps'])
+def test_the_metrics_of_an_ensemble_are_of_what_its_loss_averages(loss_func, mean):
+    maps = getattr(loss_func, 'axis', -1) == 1
+    def model(seed): torch.manual_seed(seed); return nn.Conv2d(1, 3, 1) if maps else nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    x = torch.randn(8,1,4,4)
+    classes = isinstance(loss_func, CrossEntropyLossFlat)
+    y = torch.randint(3, (8,4,4) if maps else (8,)) if classes else torch.rand(8, 3).round()
+    teachers,items = [model(s).requires_grad_(False) for s in (1,2)],list(zip(x, y))
+    learn = learner(DataLoaders.from_dsets(items, items, bs=8, device='cpu'), model(3), loss_func=loss_func)
+    by_hand = loss_func(mean(torch.stack([m(x) for m in teachers])), y)
+    assert KnowledgeDistillationCallback(teachers, Logits).teacher_metrics(learn)['loss'] == pytest.approx(by_hand.item(), rel=1e-5)
+
 # --- teachers that move
 
 def test_ema_teacher_is_the_moving_average(tmp_path):
@@ -289,6 +344,17 @@ def test_mutual_learning_as_by_hand():
         with torch.no_grad():
             for p in [*A.parameters(), *B.parameters()]: p -= .1*p.grad
     close(weights(A), weights(a)); close(weights(B), weights(b))
+
+def test_a_peer_knows_where_the_classes_are():
+    seen = []
+    def mutual(pred, teacher_pred, axis, ignore_index, target):
+        seen.append((axis, ignore_index, target.shape))
+        return SoftTarget(T=1)(pred=pred, teacher_pred=teacher_pred, axis=axis)
+    items = [(torch.randn(1,4,4), torch.zeros(4,4).long())]*8
+    learn,peer = [learner(DataLoaders.from_dsets(items, items, bs=8, device='cpu'), nn.Conv2d(1, 3, 1), loss_func=CrossEntropyLossFlat(axis=1, ignore_index=9)) for _ in range(2)]
+    learn.fit(2, cbs=KnowledgeDistillationCallback(PeerTeacher(peer, loss=mutual), Mutual))
+    assert seen == [(1,9,(8,4,4))]*2
+    with pytest.raises(ValueError, match='logits alone'): PeerTeacher(peer, loss=Attention)
 
 def test_peers_are_saved_on_their_own(tmp_path):
     dls = batches(shuffle=False)

@@ -54,9 +54,11 @@ methods = {
     'vid': ('VID', {}, dict(weight='paper')),
     'review': ('ReviewKD', {}, dict(weight='paper', schedule='warmup'))}
 
-#: the schedules that a method written as text can name; 'warmup' is that of the CIFAR-100 papers, 20 of 240 epochs
+#: the schedules that a method written as text can name; 'warmup' is that of the CIFAR-100 papers, 20 of 240 epochs,
+#: 'hint' leaves the second half of the training, and its time, to the student alone, as FitNets' two stages do
 schedules = {
     'cos': _schedule.SchedCos(0, 1), 'lin': _schedule.SchedLin(0, 1), 'fade': _schedule.SchedLin(1, 0),
+    'hint': _schedule.combine_scheds([0.5,0.5], [_schedule.SchedLin(1, 0), _schedule.SchedNo(0, 0)]),
     'warmup': _schedule.combine_scheds([1/12,11/12], [_schedule.SchedLin(0, 1), _schedule.SchedNo(1, 1)])}
 
 _last_stage = 'Similarity','RKD','PKT'  # their papers compare the last stage alone

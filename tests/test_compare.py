@@ -291,6 +291,8 @@ def test_text_and_object_are_one():
 def test_a_schedule_by_name():
     cb = method('soft(schedule=cos)').callback(torch.nn.Identity())
     assert [cb.weights.at(p)[1][0] for p in (0,0.5,1)] == pytest.approx([0,0.25,0.5])
+    hint = method('fitnet(schedule=hint)').callback(torch.nn.Identity()).weights
+    assert [hint.at(p) for p in (0,0.25,0.5,0.75,1)] == [(1,[100]),(1,[50]),(1,[0]),(1,[0]),(1,[0])]
     warmup = method('dkd').schedule
     assert [warmup(p) for p in (0,1/24,1/12,1)] == pytest.approx([0,0.5,1,1], abs=1e-6)
 

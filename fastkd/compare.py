@@ -298,7 +298,8 @@ def train(
     callback=None, # The distillation
     statistics:bool=False, # Keep statistics of parameters and gradients?
     tick:callable=noop, # Called after each epoch
-    bf16:bool=False # Train in bfloat16 mixed precision, channels-last?
+    bf16:bool=False, # Train in bfloat16 mixed precision, channels-last?
+    cbs:tuple=() # Further callbacks
 ) -> tuple:
     "Train one model; returns the `Learner`, and what happened as plain data."
     set_seed(seed)
@@ -309,7 +310,7 @@ def train(
     learn.logger = noop
     if bf16: learn.add_cbs([ChannelsLast(), Bfloat16()])
     kept = Statistics() if statistics else None
-    cbs = [cb for cb in (clock,kept,callback) if cb]
+    cbs = [cb for cb in (clock,kept,callback,*cbs) if cb]
     with autocast_left(learn.cbs):
         if fit.one_cycle: learn.fit_one_cycle(fit.epochs, fit.lr, cbs=cbs)
         else: learn.fit(fit.epochs, fit.lr, cbs=cbs)
@@ -411,7 +412,7 @@ def compare(
 
     # the teacher's weights are not known before it is trained, but its settings are: they stand for it
     base = dict(base, fit=vars(recipe.student_fit), student=_shape(recipe.student), layers=recipe.layers, teacher=digest(settings),
-        **(dict(student_augment=describe(recipe.student_augment)) if recipe.student_augment else {}))
+        **{n: describe(o) for n in ('student_augment','student_cbs') if (o := getattr(recipe, n))})
     keys = {(m.name,s): digest([base, m.settings(), s]) for m in ms for s in seeds}
     if len(set(keys.values())) < len(keys):
         same = next((a,b) for i,a in enumerate(ms) for b in ms[:i] if keys[a.name,seeds[0]] == keys[b.name,seeds[0]])
@@ -428,15 +429,15 @@ def compare(
         if any(done[k]['teacher']['checksum'] != known['checksum'] for k in keys.values() if k in done):
             raise ValueError(f"The finished runs in {results.path} were taught by another teacher, whose file is gone: give another folder, or remove them.")
         teacher.to(device)
-        fixed = not (parts.batch_of or recipe.student_augment)  # does an item always give the same input?
+        fixed = not (parts.batch_of or recipe.student_augment or recipe.student_cbs)  # does an item always give the same input?
         # a cache of its own for each run: with a shared one, a run's numbers would depend on those before it
         run_teacher = lambda m: Teacher(teacher, dtype=torch.bfloat16 if bf16 else None, channels_last=bf16, cache=fixed and not m.features and not hasattr(teacher, 'reset'))
         dls = parts.dls(recipe.student_fit.bs, device, recipe.student_augment)
         for m,s in todo:
             bar.name(f'{m.name}, seed {s}')
-            try: _,run = train(recipe.student, dls, fit_of(m), s, m.callback(run_teacher(m), recipe.layers) if m.loss else None, statistics, bar.tick, bf16)
+            try: _,run = train(recipe.student, dls, fit_of(m), s, m.callback(run_teacher(m), recipe.layers) if m.loss else None, statistics, bar.tick, bf16, [make() for make in recipe.student_cbs])
             except ValueError as e: raise ValueError(f"{m.name}: {str(e).split(chr(10)+chr(9))[-1]}") from e  # fastai puts a line before the message
-            run = dict(key=keys[m.name,s], comparison=digest(base), method=m.name, seed=s, **run, recipe=recipe.name, data=base['data'], device=_device_name(device), bf16=bf16, augmented=bool(recipe.student_augment),
+            run = dict(key=keys[m.name,s], comparison=digest(base), method=m.name, seed=s, **run, recipe=recipe.name, data=base['data'], device=_device_name(device), bf16=bf16, augmented=bool(recipe.student_augment), callbacks=[getattr(o, 'func', o).__name__ for o in recipe.student_cbs],
                 settings=dict(fit=vars(fit_of(m)), method=m.settings()), layers=recipe.layers, teacher={k: known[k] for k in ('accuracy','parameters','checksum','seed')},
                 teacher_fit=vars(recipe.teacher_fit), **circumstances(), when=time.strftime('%Y-%m-%dT%H:%M:%S%z'))
             results.append(run)
@@ -552,9 +553,9 @@ def caption(
     runs:pd.DataFrame # Runs of one comparison
 ) -> str:
     "What was compared, in one sentence."
-    r = runs.iloc[0]  # one of an earlier version may lack `bf16` and `augmented`, which is NaN beside others
+    r = runs.iloc[0]  # one of an earlier version may lack `bf16`, `augmented` and `callbacks`, which is NaN beside others
     n = runs.groupby('method').seed.nunique()
-    return (f"{r['data'][0]}: accuracy on {r['data'][3]:,} test rows that trained no model and chose no setting; student trained for {r.settings['fit']['epochs']} epochs on {r['data'][1]:,} rows{', augmented' if r.get('augmented') == True else ''}, "
+    return (f"{r['data'][0]}: accuracy on {r['data'][3]:,} test rows that trained no model and chose no setting; student trained for {r.settings['fit']['epochs']} epochs on {r['data'][1]:,} rows{', augmented' if r.get('augmented') == True else ''}{''.join(f', {n}' for n in r.callbacks) if isinstance(r.get('callbacks'), list) else ''}, "
         f"teacher for {r.teacher_fit['epochs']} on the same; mean ± standard deviation over {n.min() if n.nunique() == 1 else f'{n.min()} to {n.max()}'} seeds, differences within seeds; {r.device}{', bfloat16' if r.get('bf16') == True else ''}, torch {r.versions['torch']}.")
 
 # %% ../nbs/05_compare.ipynb #e942f4e7

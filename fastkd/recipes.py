@@ -55,6 +55,7 @@ class Recipe:
     layers:tuple=None # The student's and the teacher's layers, in pairs, for losses that compare activations; `None`: `match_layers` finds them
     augment:callable=None # Applied to the batches of inputs that the teacher trains on, before they are normalised
     student_augment:callable=None # The same for the batches that the student trains on, with and without a teacher
+    student_cbs:tuple=() # Make further callbacks for the student's training, with and without a teacher, e.g. `(MixUp,)`
 
 # %% ../nbs/06_recipes.ipynb #708cd927
 class ArrayLoader(DataLoader):

@@ -5,6 +5,7 @@ from functools import partial
 from itertools import product
 import numpy as np, pandas as pd, pytest, torch
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner
+from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import SchedCos, combine_scheds
 from fastai.optimizer import Adam
 from fastkd.callback import KnowledgeDistillationCallback
@@ -122,6 +123,18 @@ def test_the_students_augmentation_is_for_the_students(finished, tmp_path):
     assert set(runs.comparison).isdisjoint(single.comparison) and runs.teacher[0] == single.teacher[0]
     assert runs.log[0]['train_loss'] != single.log[0]['train_loss']
     assert ', augmented,' in caption(runs) and 'augmented' not in caption(pd.concat([single.drop(columns=['augmented','bf16']), single]))
+
+def test_the_students_callbacks_are_for_the_students(finished, tmp_path):
+    "MixUp, with and without a teacher, who sees the mixed inputs of each epoch"
+    out,single = finished
+    for f in out.glob('teacher-*'): (tmp_path/f.name).write_bytes(f.read_bytes())
+    runs = compare(replace(recipe, student_cbs=(partial(MixUp, 1.),)), ['none','soft'], 1, device='cpu', out=tmp_path, show=False)
+    assert set(runs.comparison).isdisjoint(single.comparison) and runs.teacher[0] == single.teacher[0] and ', MixUp,' in caption(runs)
+    assert runs.log[0]['train_loss'] != single.log[0]['train_loss'] and runs.accuracy.between(0.3, 1).all()
+    again = compare(replace(recipe, student_cbs=(partial(MixUp, 1.),)), ['soft'], 1, device='cpu', out=tmp_path/'again', show=False)
+    assert again.log[0] == runs.log[1] and again.key[0] == runs.key[1]
+    other = compare(replace(recipe, student_cbs=(partial(MixUp, 0.5),)), ['soft'], 1, device='cpu', out=tmp_path, show=False)
+    assert other.key[0] != runs.key[1]
 
 def test_bfloat16(finished, tmp_path):
     "is another comparison, which ends near the one in single precision, with the same weights at its start"

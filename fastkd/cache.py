@@ -158,7 +158,7 @@ class LogitsCache:
     ) -> Tensor:
         "Their logits, a row each, float32."
         where = [self.index[k] for k in keys]
-        if self.file is not None and (self.new is None or len(self.new) < self.n): self.new = np.memmap(self.file, dtype=self._row, mode='r', shape=(self.n,))
+        if self.file is not None and self.n and (self.new is None or len(self.new) < self.n): self.new = np.memmap(self.file, dtype=self._row, mode='r', shape=(self.n,))
         z = np.empty((len(keys), *self.shape), '<f4')
         for part in {p for p,_ in where}:
             to = [i for i,(p,_) in enumerate(where) if p == part]

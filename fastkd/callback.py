@@ -149,12 +149,14 @@ class LossParameters:
     def __init__(self): self.params,self.states,self.slow,self.opt = [],[],None,None
 
     def add(self,
-        params:list # More parameters, from the next `join` on
+        params:list, # More parameters, from the next `join` on
+        at:int=None # Before which of those that are there; after them by default
     ):
         self.leave()
-        self.params = self.params + params
-        self.states = [state + [{} for _ in params] for state in self.states]
-        if self.slow is not None: self.slow = self.slow + [p.detach().clone() for p in params]
+        new = [(self.params,params), *[(state, [{} for _ in params]) for state in self.states]]
+        if self.slow is not None: new.append((self.slow, [p.detach().clone() for p in params]))
+        at = len(self.params) if at is None else at
+        for there,more in new: there[at:at] = more
 
     def join(self,
         opt # A learner's optimizer
@@ -244,9 +246,9 @@ class KnowledgeDistillationCallback(Callback):
         self.close()
 
     @property
-    def fitting(self): return self.learn.training or self.learn.create_mbar  # fastai's `validate` and `get_preds` are not training and turn `create_mbar` off
+    def fitting(self): return self.on and (self.learn.training or self.learn.create_mbar)  # fastai's `validate` and `get_preds` are not training and turn `create_mbar` off
     @property
-    def distilling(self): return self.learn.training or (self.valid and self.learn.create_mbar)
+    def distilling(self): return self.on and (self.learn.training or (self.valid and self.learn.create_mbar))
     def live(self):
         "The terms that count for this batch, with their weights."
         learn = self.learn
@@ -264,7 +266,7 @@ class KnowledgeDistillationCallback(Callback):
         if not self.fresh:
             self.others += self.create_mbar
             return
-        self.fresh = False
+        self.fresh,self.on = False,True
         self.offer = dict(axis=class_axis(self.loss_func), ignore_index=ignored_index(self.loss_func))  # before MixUp replaces the loss
         self.trying = hasattr(self.learn, 'lr_finder')  # it puts the student back
         self.student = weakref.ref(self.learn)
@@ -370,7 +372,7 @@ class KnowledgeDistillationCallback(Callback):
                 if t in self.unbuilt: self._build(t, fm_s, fm_t)
                 if t.trained: t.loss.train(learn.training)  # it may have BatchNorm or dropout
                 T,how = getattr(t.loss, 'T', None),getattr(t.loss, 'ensemble', 'softmax')
-                if how is None: T = None
+                T = None if how is None else 1. if how == 'sigmoid' and T is None else T
                 teacher_pred = mean_logits(outs, T(learn.pct_train) if callable(T) else T, None if how == 'sigmoid' else self.offer['axis']) if t.logits else None
                 value = t(teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, **offer)
                 self.values[t.column] = value.detach().clone()
@@ -401,7 +403,8 @@ class KnowledgeDistillationCallback(Callback):
         params = list(term.loss.parameters())
         if num_distrib() > 1:
             for p in params: torch.distributed.broadcast(p.data, 0)
-        self.own.add(params)
+        earlier = self.terms[:self.terms.index(term)]  # which may be made later
+        self.own.add(params, sum(len(list(t.loss.parameters())) for t in earlier if t.trained and t not in self.unbuilt))
         self.unbuilt.remove(term)
         if self.loaded and not self.unbuilt: self.own.states,self.own.slow = copy.deepcopy((self.loaded['opt'], self.loaded.get('slow')))
         if self.training: self.own.join(self.opt)
@@ -428,7 +431,7 @@ class KnowledgeDistillationCallback(Callback):
     def after_batch(self):
         "Keep the curves; drop the activations"
         self.forget()
-        if not self.training: return
+        if not (self.on and self.training): return
         values = dict(zip(self.values, torch.stack([v.float() for v in self.values.values()]).tolist())) if self.values else {}
         for column,curve in self.curves.get('train', {}).items(): curve.append(values.get(column, math.nan))
 
@@ -467,7 +470,7 @@ class KnowledgeDistillationCallback(Callback):
         self.own.leave()
         self.undo.close()
         self.own,self.taps,self.unbuilt,self.checked,self.warned = LossParameters(),None,[],False,False
-        self.fresh,self.others = False,0  # is a fit about to begin? how many `tta` and `with learn`, which look like one, are open?
+        self.fresh,self.on,self.others = False,False,0  # is a fit about to begin? does one run? how many `tta` and `with learn`, which look like one, are open?
 
 # %% ../nbs/03_callback.ipynb #91cd4331
 class _Guest(nn.Module):
@@ -509,7 +512,7 @@ def fit(self:Learner, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, star
     "Fit `self.model` for `n_epoch` using `cbs`, as fastai does; nothing of a distillation is left afterwards, however it ended."
     kds = [cb for cb in L(cbs)+self.cbs if isinstance(cb, KnowledgeDistillationCallback)]
     if len(kds) > 1: raise ValueError("There are two distillation callbacks in this fit (or one both in the learner and in `fit(cbs=)`): give one, with a list of losses or of teachers.")
-    for cb in kds: cb.fresh = True
+    for cb in kds: cb.fresh,cb.others = True,0
     try:
         with autocast_left(L(cbs)+self.cbs if kds else ()): self._orig_fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
     finally:

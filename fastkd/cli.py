@@ -15,12 +15,12 @@ __all__ = ['commands', 'run', 'table', 'plot', 'models', 'main']
 
 # %% ../nbs/07_cli.ipynb #4e9360bf
 def _load(out):
-    "The runs in a folder, one DataFrame for each comparison"
+    "The runs in a folder, one DataFrame for each comparison and teacher"
     import pandas as pd
     from fastkd.compare import Results
     runs = Results(Path(out)/'results.jsonl').read()
     if not runs: raise ValueError(f"There are no results in {out}: run `fastkd run RECIPE --out {out}` first.")
-    return [g for _,g in pd.DataFrame(runs).groupby('comparison', sort=False)]
+    return [g for _,g in pd.DataFrame(runs).groupby(['comparison', [r['teacher']['checksum'] for r in runs]], sort=False)]
 
 # %% ../nbs/07_cli.ipynb #fdb36441
 def run(

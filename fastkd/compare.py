@@ -14,11 +14,13 @@ import numpy as np, pandas as pd, torch
 import fastkd
 from scipy import stats
 from torch import nn
+from torch.nn.parameter import is_lazy
 from fastcore.basics import noop, IN_NOTEBOOK
 from fastai.basics import Callback, CrossEntropyLossFlat, Learner, accuracy, set_seed
 from fastai.callback import schedule as _schedule
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.mixup import MixHandler
 from fastai.callback.progress import ProgressCallback
 from fastai.optimizer import Adam
 from fastprogress import progress_bar
@@ -55,7 +57,7 @@ methods = {
     'review': ('ReviewKD', {}, dict(weight='paper', schedule='warmup'))}
 
 #: the schedules that a method written as text can name; 'warmup' is that of the CIFAR-100 papers, 20 of 240 epochs,
-#: 'hint' leaves the second half of the training, and its time, to the student alone, as FitNets' two stages do
+#: 'hint' leaves the second half of the training, and its time, to the student alone
 schedules = {
     'cos': _schedule.SchedCos(0, 1), 'lin': _schedule.SchedLin(0, 1), 'fade': _schedule.SchedLin(1, 0),
     'hint': _schedule.combine_scheds([0.5,0.5], [_schedule.SchedLin(1, 0), _schedule.SchedNo(0, 0)]),
@@ -65,7 +67,7 @@ _last_stage = 'Similarity','RKD','PKT'  # their papers compare the last stage al
 
 # %% ../nbs/05_compare.ipynb #a6342f2c
 def describe(o):
-    "What `o` (a loss, a schedule, a function, a number …) is, as plain data that are the same in every process."
+    "What `o` (a loss, a schedule, a function, a number …) is, as plain data that are the same in every process. Of a function and of a class the code is seen, but not the globals that it uses."
     if o is None or isinstance(o, (bool,int,float,str)): return o
     if isinstance(o, torch.Tensor): return o.tolist()
     if isinstance(o, dict): return {str(k): describe(v) for k,v in o.items()}
@@ -73,13 +75,26 @@ def describe(o):
     if isinstance(o, (set,frozenset)): return sorted(map(describe, o), key=repr)
     if isinstance(o, partial): return ['partial', describe(o.func), describe(o.args), describe(o.keywords)]
     if isinstance(o, types.CodeType): return hashlib.sha256(o.co_code + repr((o.co_names,describe(o.co_consts))).encode()).hexdigest()[:12]
-    if isinstance(o, types.FunctionType): return [o.__qualname__, describe(o.__code__), *([describe([c.cell_contents for c in o.__closure__])] if o.__closure__ else []), *(describe(d) for d in (o.__defaults__,o.__kwdefaults__) if d)]
-    if isinstance(o, type) or not hasattr(o, '__dict__'): return getattr(o, '__qualname__', type(o).__qualname__)
-    of = [type(o).__qualname__, {k: describe(v) for k,v in sorted(vars(o).items()) if not k.startswith('_') and k != 'training'}]
-    if isinstance(o, nn.Module): of += [describe(inside) for inside in ({n: list(p.shape) for n,p in o.named_parameters()}, o._buffers, o._modules) if inside]
-    # a class of the user's own is known by its code, one of a library by the library's version
-    own = [c for c in type(o).__mro__ if c.__module__.split('.')[0] not in ('builtins','fastkd','fastai','fastcore','torch')]
-    return of + [{n: describe(f) for n,f in vars(c).items() if isinstance(f, types.FunctionType)} for c in own]
+    if isinstance(o, types.MethodType): return ['method', describe(o.__self__), describe(o.__func__)]
+    if isinstance(o, types.FunctionType):
+        cells = [describe([_name(c.cell_contents) for c in o.__closure__])] if o.__closure__ else []
+        return [o.__qualname__, describe(o.__code__), *cells, *(describe(d) for d in (o.__defaults__,o.__kwdefaults__) if d)]
+    if isinstance(o, type): return [o.__qualname__, *_code(o)] if _code(o) else o.__qualname__
+    attributes = {k: getattr(o, k) for c in type(o).__mro__ for k in vars(c).get('__slots__', ()) if hasattr(o, k)} | getattr(o, '__dict__', {})
+    if isinstance(o, nn.Module):
+        attributes = {k: v for k,v in attributes.items() if k not in vars(nn.Module())}
+        inside = {n: None if is_lazy(p) else list(p.shape) for n,p in o.named_parameters()},{n: b for n,b in o._buffers.items() if not is_lazy(b)},o._modules
+    else: inside = ()
+    if not attributes and not hasattr(o, '__dict__'): return getattr(o, '__qualname__', type(o).__qualname__)
+    return [type(o).__qualname__, {k: describe(v) for k,v in sorted(attributes.items())}, *(describe(d) for d in inside if d), *_code(type(o))]
+
+def _name(o): return o.__qualname__ if isinstance(o, type) else o
+
+def _code(cls):
+    "What the classes that make up `cls` define, but for those of these libraries, whose versions are told by themselves"
+    own = [c for c in cls.__mro__ if c.__module__.split('.')[0] not in ('builtins','fastkd','fastai','fastcore','torch')]
+    of = lambda v: _name(getattr(v, '__func__', None) or getattr(v, 'fget', None) or v)  # of methods, properties and the like the function
+    return [{n: describe(of(v)) for n,v in vars(c).items() if isinstance(v, types.FunctionType) or not n.startswith('__')} for c in own]
 
 # %% ../nbs/05_compare.ipynb #c6423bf5
 @dataclass
@@ -417,16 +432,18 @@ def compare(
     if len(set(keys.values())) < len(keys):
         same = next((a,b) for i,a in enumerate(ms) for b in ms[:i] if keys[a.name,seeds[0]] == keys[b.name,seeds[0]])
         raise ValueError(f"{same[1].name!r} and {same[0].name!r} are one method: name it once.")
-    done = {r['key']: r for r in results.read() if 'statistics' in r or not statistics}
+    had = results.read()
+    done = {r['key']: r for r in had if 'statistics' in r or not statistics}
     todo = [(m,s) for s in seeds for m in ms if keys[m.name,s] not in done]
     if show and len(todo) < len(keys): print(f"{len(keys)-len(todo)} of {len(keys)} runs are finished already, in {results.path}" + ('.' if todo else '; remove it to run them again.'))
     if todo:
         fit_of = lambda m: replace(recipe.student_fit, epochs=m.epochs or recipe.student_fit.epochs)
-        _check_losses(recipe, parts, [m for m,_ in todo])
+        cbs = _callbacks(recipe)
+        _check_losses(recipe, parts, [m for m,_ in todo], any(isinstance(cb, MixHandler) for cb in cbs))
         bar = _Bar(n_teacher + sum(fit_of(m).epochs for m,_ in todo), show)
         bar.name('teacher')
         teacher,known = trained_teacher(recipe, parts.dls(recipe.teacher_fit.bs, device, recipe.augment), settings, results.path.parent, tick=bar.tick, bf16=bf16)
-        if any(done[k]['teacher']['checksum'] != known['checksum'] for k in keys.values() if k in done):
+        if any(r['comparison'] == digest(base) and r['teacher']['checksum'] != known['checksum'] for r in had):
             raise ValueError(f"The finished runs in {results.path} were taught by another teacher, whose file is gone: give another folder, or remove them.")
         teacher.to(device)
         fixed = not (parts.batch_of or recipe.student_augment or recipe.student_cbs)  # does an item always give the same input?
@@ -435,9 +452,9 @@ def compare(
         dls = parts.dls(recipe.student_fit.bs, device, recipe.student_augment)
         for m,s in todo:
             bar.name(f'{m.name}, seed {s}')
-            try: _,run = train(recipe.student, dls, fit_of(m), s, m.callback(run_teacher(m), recipe.layers) if m.loss else None, statistics, bar.tick, bf16, [make() for make in recipe.student_cbs])
+            try: _,run = train(recipe.student, dls, fit_of(m), s, m.callback(run_teacher(m), recipe.layers) if m.loss else None, statistics, bar.tick, bf16, _callbacks(recipe))
             except ValueError as e: raise ValueError(f"{m.name}: {str(e).split(chr(10)+chr(9))[-1]}") from e  # fastai puts a line before the message
-            run = dict(key=keys[m.name,s], comparison=digest(base), method=m.name, seed=s, **run, recipe=recipe.name, data=base['data'], device=_device_name(device), bf16=bf16, augmented=bool(recipe.student_augment), callbacks=[getattr(o, 'func', o).__name__ for o in recipe.student_cbs],
+            run = dict(key=keys[m.name,s], comparison=digest(base), method=m.name, seed=s, **run, recipe=recipe.name, data=base['data'], device=_device_name(device), bf16=bf16, augmented=bool(recipe.student_augment), callbacks=[type(cb).__name__ for cb in cbs],
                 settings=dict(fit=vars(fit_of(m)), method=m.settings()), layers=recipe.layers, teacher={k: known[k] for k in ('accuracy','parameters','checksum','seed')},
                 teacher_fit=vars(recipe.teacher_fit), **circumstances(), when=time.strftime('%Y-%m-%dT%H:%M:%S%z'))
             results.append(run)
@@ -445,13 +462,20 @@ def compare(
     return pd.DataFrame([{**done[k], 'method': name} for (name,_),k in keys.items()])
 
 # %% ../nbs/05_compare.ipynb #1ffc73bc
-def _check_losses(recipe, parts, ms):
+def _callbacks(recipe):
+    try: cbs = [make() for make in recipe.student_cbs]
+    except TypeError: cbs = [None]
+    if all(isinstance(cb, Callback) for cb in cbs): return cbs
+    raise ValueError("`student_cbs` are makers of callbacks, such as `(MixUp,)` or `(partial(MixUp, 1.),)`, for each run has its own.")
+
+def _check_losses(recipe, parts, ms, mixed):
     "Complain of losses on logits that cannot work with these classes now, and not after hours"
     with torch.random.fork_rng():
         x,y = next(iter(parts.dls()[1]))
         with torch.no_grad(): pred = recipe.student().eval()(x[:4])
         for m in ms:
             for t in map(Term, m.loss):
+                if mixed and t.labels: raise ValueError(f"{m.name}: the loss {t.name} needs one class label for each input, which `student_cbs` mix.")
                 if t.features: continue
                 try: t(pred=pred, teacher_pred=pred.flip(0), target=y[:4], axis=-1, ignore_index=None, pct_train=0.)
                 except ValueError as e: raise ValueError(f"{m.name}: {e}") from e
@@ -490,7 +514,7 @@ def holm(
 def paired(
     differences # One difference for each seed
 ) -> tuple:
-    "Mean, 95 % t-interval (low, high) and p-value of paired differences; NaN where one pair cannot tell."
+    "Mean, 95 % t-interval (low, high) and p-value of paired differences (points); NaN where a single pair, or equal differences, cannot tell."
     d = np.asarray(differences, dtype=float)
     if len(d) < 2 or np.ptp(d) < 1e-4: return d.mean() if len(d) else np.nan, np.nan, np.nan, np.nan  # accuracies come in steps: equal differences are chance, not certainty
     t = stats.ttest_1samp(d, 0.)
@@ -504,7 +528,7 @@ def table(
 ) -> pd.DataFrame:
     """The teacher and each method: accuracy (%, mean and sd over seeds), parameters, n, paired difference to the baseline (points) with 95 % interval, p, p by Holm, share of the way from the baseline to the teacher (%), and mean time of an epoch relative to the baseline.
 
-    Raises `ValueError` for runs of more than one comparison, which cannot be compared, and where one name stands for several methods."""
+    Raises `ValueError` for runs of more than one comparison or teacher, which cannot be compared, and where one name stands for several methods."""
     if not len(runs): raise ValueError("There are no runs to make a table of.")
     if runs.comparison.nunique() > 1: raise ValueError("These runs are of several comparisons (other epochs, data, augmentation, teacher, precision or device): make one table for each.")
     if len({t['checksum'] for t in runs.teacher}) > 1: raise ValueError("These runs had different teachers, which were trained with the same settings: make one table for each.")

@@ -45,7 +45,7 @@ class KDLoss(nn.Module):
 
     `paper` holds the weights `(label, kd)` with which the authors' CIFAR-100 results were made,
     `warmup_epochs` the epochs over which they let the distillation weight grow from 0. `ensemble` says as what the logits of several
-    teachers are averaged: probabilities of classes ('softmax'), of yes and no ('sigmoid'), or as they are (`None`)."""
+    teachers are averaged at the loss's `T`: probabilities of classes ('softmax'), of yes and no ('sigmoid'), or, as without a `T`, as they are (`None`)."""
     paper,warmup_epochs,ensemble = (0.5, 0.5),0,'softmax'
 
     def __call__(self, *args, **kwargs):

@@ -125,11 +125,11 @@ class Teacher:
 
     def _cached(self, *xb):
         "The logits from the cache; the models run on inputs that are new to it"
-        device = find_device(xb).type
+        inputs,device = row_keys(*xb),find_device(xb).type
         precision = str(torch.get_autocast_dtype(device)) if self.dtype is None and torch.is_autocast_enabled(device) else ''
-        keys = (row_keys(*xb) ^ zlib.crc32(precision.encode())).tolist()  # of one input the logits are others under autocast
+        keys = (inputs ^ zlib.crc32(precision.encode())).tolist()  # of one input the logits are others under autocast
         if self.n_items is not None:
-            self.seen.update(keys)
+            self.seen.update(inputs.tolist())
             if len(self.seen) > self.n_items:
                 raise ValueError(f"The teacher has been shown more different inputs than there are items in the data ({self.n_items}), so an item does not always give the same input, and its logits "
                     "cannot be kept. Leave out what is random (augmentation, MixUp; and `Resize`, which crops at random in training: `Resize(size, method='squish')` does not), or the cache.")

@@ -78,6 +78,12 @@ def test_two_comparisons_in_one_folder(killed, tmp_path, capsys):
     assert main([*args, str(tmp_path)]) == 0
     assert (tmp_path/'table.md').read_text().count('test rows') == 2 and len(list(tmp_path.glob('chart-*.png'))) == 2
 
+def test_two_teachers_in_one_folder_make_two_tables(killed, tmp_path, capsys):
+    runs = [json.loads(line) for line in lines(killed[0])]
+    for r in runs[:4]: r['teacher']['checksum'] = 'other'
+    (tmp_path/'results.jsonl').write_text(''.join(json.dumps(r)+'\n' for r in runs))
+    assert main(['table',str(tmp_path)]) == 0 and capsys.readouterr().out.count('test rows') == 2
+
 @pytest.mark.parametrize('args,words', [
     (['rum'], "no command 'rum'"), (['run'], 'recipe'), (['run','digit'], 'mnist'), (['run','digits','--methods','sotf'], 'did you mean soft'),
     (['run','digits','--methods','soft(T=)'], 'name=value'), (['run','digits','--methods','soft(weight=2)'], 'label_weight'), (['run','digits','--methods','none,none'], 'once'),

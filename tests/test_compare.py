@@ -263,7 +263,11 @@ def test_runs_of_a_teacher_that_is_gone_are_no_part_of_a_comparison(tmp_path):
     line = json.loads((tmp_path/'results.jsonl').read_text())
     line['teacher']['checksum'] = 'other'
     (tmp_path/'results.jsonl').write_text(json.dumps(line)+'\n')
-    with pytest.raises(ValueError, match='another teacher'): run(['none','soft'], 1, out=tmp_path)
+    for methods in ['none','soft'],['soft']:
+        with pytest.raises(ValueError, match='another teacher'): run(['none','soft'], 1, out=tmp_path)
+    with pytest.raises(ValueError, match='makers'): compare(replace(recipe, student_cbs=(MixUp(),)), ['none'], 1, device='cpu', out=tmp_path/'other', show=False)
+    with pytest.raises(ValueError, match='one class label'): compare(replace(recipe, student_cbs=(MixUp,)), ['none','dkd'], 1, device='cpu', out=tmp_path/'other', show=False)
+    assert not (tmp_path/'other').exists()
 
 def test_the_weights_of_a_method_are_those_after_its_warm_up():
     "so that in a join they are not 0; a warm-up in epochs cannot be joined"
@@ -339,6 +343,25 @@ def test_descriptions_see_what_is_inside():
     class Net(Net):
         def forward(self, pred, teacher_pred): return 2*self.layer(pred).mean()
     assert describe(Net(2)) != first
+    class A:
+        margin = 1.
+        def f(self, p): return p
+        @staticmethod
+        def g(x): return x
+        @property
+        def h(self): return 1
+    class Slots:
+        __slots__ = 'x',
+        def __init__(self, x): self.x = x
+    one = describe([A(), A, partial(A, 1), A().f, Slots(1)])
+    assert one == describe([A(), A, partial(A, 1), A().f, Slots(1)]) and json.dumps(one) and '0x' not in json.dumps(one)
+    def changed(**attributes): return type('A', (), {**{k: v for k,v in vars(A).items() if k in ('margin','f','g','h')}, '__module__': A.__module__, '__qualname__': A.__qualname__, **attributes})
+    assert describe(changed()()) == describe(A())
+    for attributes in dict(margin=2.),dict(f=lambda self, p: -p),dict(g=staticmethod(lambda x: -x)),dict(h=property(lambda self: 2)):
+        B = changed(**attributes)
+        assert describe(B()) != describe(A()) and describe(B) != describe(A) and describe(partial(B, 1)) != describe(partial(A, 1))
+    assert describe(Slots(1)) != describe(Slots(2)) and describe(A().f) != describe(changed(margin=2.)().f)
+    json.dumps(describe([torch.nn.LazyLinear(2), torch.nn.LazyBatchNorm1d(), MixUp, partial(MixUp, 1.), MixUp(0.5)]))
     assert describe({'b','a','c'}) == describe({'c','b','a'}) == ['a','b','c']
     assert describe(lambda x: x in {1,2}) != describe(lambda x: x in {1,3})
 

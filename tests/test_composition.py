@@ -1,5 +1,5 @@
 "Promise 6: with fastai's other callbacks and ways to fit, the numbers are right"
-import math, pytest, torch
+import copy, math, pytest, torch
 import torch.nn.functional as F
 from torch import nn
 from fastai.basics import Adam, Callback, CancelFitException, LabelSmoothingCrossEntropyFlat, OptimWrapper, SGD, TensorBase, set_seed
@@ -377,6 +377,34 @@ def test_data_parallel():
         learner(batches(shuffle=False), wrap(s)).fit(1, cbs=KnowledgeDistillationCallback(wrap(t), [SoftTarget,Attention], ['bn1'], ['bn1']))
         return weights(s)
     assert same(fitted(lambda m: m), fitted(nn.DataParallel))
+
+@pytest.mark.parametrize('names', [['ReviewKD','FitNet'],['FitNet','ReviewKD']])
+@pytest.mark.parametrize('opt_func', [Adam, 'ranger'])
+def test_losses_that_were_made_in_another_order_are_resumed(names, opt_func):
+    "`ReviewKD` has no weight in the first batch of a training, but in the first after it was resumed"
+    import fastkd.all, fastai.optimizer
+    opt_func = getattr(fastai.optimizer, opt_func) if isinstance(opt_func, str) else opt_func
+    make = lambda: KnowledgeDistillationCallback(net(width=6, seed=7), [getattr(fastkd.all, n) for n in names], ['conv1','conv2'], ['conv1','conv2'], weight='paper')
+    ends = []
+    class Keep(Callback):
+        order = 100
+        def __init__(self, kd, at): self.kd,self.at = kd,at
+        def after_epoch(self):
+            if self.epoch == self.at: ends.append((self.kd.state_dict(), {k: v.clone() for k,v in self.model.state_dict().items()}, copy.deepcopy(self.opt.state_dict())))
+    def fresh(): return learner(batches(shuffle=False), net(seed=1), opt_func=opt_func, lr=1e-3)
+    kd = make()
+    fresh().fit(3, cbs=[kd, Keep(kd, 1), Keep(kd, 2)])
+    learn,kd = fresh(),make()
+    state,weights_,opt = ends[0]
+    learn.create_opt()
+    learn.model.load_state_dict(weights_)
+    learn.opt.load_state_dict(copy.deepcopy(opt))
+    kd.load_state_dict(state)
+    learn.fit(3, cbs=[kd, Keep(kd, 2)], start_epoch=2)
+    (whole,weights_a,_),(resumed,weights_b,_) = ends[1],ends[2]
+    for k in weights_a: torch.testing.assert_close(weights_a[k], weights_b[k])
+    for column in whole['losses']:
+        for k,v in whole['losses'][column].items(): torch.testing.assert_close(v, resumed['losses'][column][k])
 
 def test_lookahead_looks_ahead_for_the_losses_parameters_too():
     "fastai's `ranger`; of them nothing is left in the optimizer, and the next fit may have others"

@@ -129,6 +129,30 @@ def test_what_looks_like_a_fit_leaves_the_last_ones_curves():
     with learn.no_mbar(): learn.fit(1)
     assert len(kd.curves['train']['kd_loss']) == 3
 
+def test_batches_outside_of_a_fit_are_the_students_own():
+    "`with learn`, before the first fit and after it; what a failing callback leaves open ends with the next fit"
+    teacher = Spy()
+    learn = learner(batches(shuffle=False), cbs=KnowledgeDistillationCallback(teacher, Attention, ['conv2'], ['net.conv2']))
+    kd = learn.knowledge_distillation
+    for _ in range(2):
+        teacher.seen.clear()
+        with learn:
+            learn._do_epoch_validate()
+            learn.create_opt()
+            learn._do_epoch_train()
+        assert not teacher.seen and kd.taps is None and not hooks(learn.model, teacher)
+        learn.fit(1)
+        assert len(kd.curves['train']['kd_loss']) == 3
+    class Fails(Callback):
+        order = 30
+        def before_fit(self): raise KeyError('of its own')
+    learn.add_cb(Fails())
+    with pytest.raises(KeyError):
+        with learn: pass
+    learn.remove_cb(Fails)
+    learn.fit(2)
+    assert len(kd.curves['valid']['kd_loss']) == len(kd.curves['steps']) == 2
+
 def test_lr_find_distils():
     teacher = Spy()
     learn = learner(cbs=KnowledgeDistillationCallback(teacher, SoftTarget))

@@ -157,6 +157,33 @@ def test_logits_of_another_precision_are_not_taken():
         with teacher.on(), torch.autocast('cpu', torch.bfloat16): assert 0 < (teacher.run(x)[0]-exact).abs().max() < .1
     assert len(teacher.cache) == 16
 
+def test_one_input_in_two_precisions_is_one_item():
+    "The metrics of the teacher are taken without the autocast of the fit"
+    class Bf16(Callback):
+        order = -20
+        def before_batch(self):
+            self.cast = torch.autocast('cpu', torch.bfloat16)
+            self.cast.__enter__()
+        def after_batch(self): self.cast.__exit__(None, None, None)
+    class Ask(Callback):
+        order = 30
+        def after_epoch(self): asked.append(kd.teacher_metrics())
+    asked,kd = [],KnowledgeDistillationCallback(Teacher(net(width=6, seed=7), cache=True), SoftTarget)
+    learner(batches(shuffle=False), net(seed=1)).fit(2, cbs=[kd, Bf16(), Ask()])
+    assert len(asked) == 2 and len(kd.teacher.cache) == 40+16
+
+def test_rows_of_others_can_be_read_where_the_own_first_write_failed(tmp_path, monkeypatch):
+    z = torch.ones(2, 4)
+    other,cache = LogitsCache(tmp_path/'z'),LogitsCache(tmp_path/'z')
+    other.open('a teacher')
+    other.put([1,2], z)
+    cache.open('a teacher')
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        def interrupted(*args): raise KeyboardInterrupt
+        m.setattr(LogitsCache, '_check', staticmethod(interrupted))
+        cache.put([3], z[:1])
+    assert torch.equal(cache.get([1,2]), z)
+
 def test_topk_wants_the_classes_last():
     class Maps(nn.Conv2d):
         def __init__(self): super().__init__(1, 3, 1)

@@ -466,6 +466,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fastkd.teacher.Teacher.snapshot': ('teacher.html#teacher.snapshot', 'fastkd/teacher.py'),
                                 'fastkd.teacher._copied': ('teacher.html#_copied', 'fastkd/teacher.py'),
                                 'fastkd.teacher._model_of': ('teacher.html#_model_of', 'fastkd/teacher.py'),
+                                'fastkd.teacher._text': ('teacher.html#_text', 'fastkd/teacher.py'),
                                 'fastkd.teacher.digest': ('teacher.html#digest', 'fastkd/teacher.py'),
                                 'fastkd.teacher.logits_of': ('teacher.html#logits_of', 'fastkd/teacher.py'),
                                 'fastkd.teacher.mean_logits': ('teacher.html#mean_logits', 'fastkd/teacher.py')}}}

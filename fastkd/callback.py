@@ -264,7 +264,7 @@ class KnowledgeDistillationCallback(Callback):
     def before_fit(self):
         "Add the columns of the epoch table"
         if not self.fresh:
-            self.others += self.create_mbar
+            self.lookalikes += self.create_mbar
             return
         self.fresh,self.on = False,True
         self.offer = dict(axis=class_axis(self.loss_func), ignore_index=ignored_index(self.loss_func))  # before MixUp replaces the loss
@@ -441,7 +441,7 @@ class KnowledgeDistillationCallback(Callback):
 
     def after_epoch(self):
         "Keep the validation's means; a term that was 0 all through an epoch is hardly meant"
-        if not self.create_mbar or self.others: return
+        if not self.create_mbar or self.lookalikes: return
         self.after_train()
         for m in self.learn.metrics:
             if isinstance(m, TermMetric): self.curves['valid'][m.column].append(float(m.value))
@@ -454,7 +454,7 @@ class KnowledgeDistillationCallback(Callback):
 
     def after_fit(self):
         if not self.create_mbar: return
-        if self.others: self.others -= 1
+        if self.lookalikes: self.lookalikes -= 1
         else: self.close()
 
     def forget(self):
@@ -470,7 +470,7 @@ class KnowledgeDistillationCallback(Callback):
         self.own.leave()
         self.undo.close()
         self.own,self.taps,self.unbuilt,self.checked,self.warned = LossParameters(),None,[],False,False
-        self.fresh,self.on,self.others = False,False,0  # is a fit about to begin? does one run? how many `tta` and `with learn`, which look like one, are open?
+        self.fresh,self.on,self.lookalikes = False,False,0  # is a fit about to begin? does one run? how many `tta` and `with learn`, which look like one, are open?
 
 # %% ../nbs/03_callback.ipynb #91cd4331
 class _Guest(nn.Module):
@@ -512,7 +512,7 @@ def fit(self:Learner, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, star
     "Fit `self.model` for `n_epoch` using `cbs`, as fastai does; nothing of a distillation is left afterwards, however it ended."
     kds = [cb for cb in L(cbs)+self.cbs if isinstance(cb, KnowledgeDistillationCallback)]
     if len(kds) > 1: raise ValueError("There are two distillation callbacks in this fit (or one both in the learner and in `fit(cbs=)`): give one, with a list of losses or of teachers.")
-    for cb in kds: cb.fresh,cb.others = True,0
+    for cb in kds: cb.fresh,cb.lookalikes = True,0
     try:
         with autocast_left(L(cbs)+self.cbs if kds else ()): self._orig_fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
     finally:

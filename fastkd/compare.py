@@ -27,7 +27,7 @@ from fastprogress import progress_bar
 from . import feature_losses, losses
 from .callback import KnowledgeDistillationCallback, Term, autocast_left
 from .recipes import Fit, MissingData, Parts, Recipe, recipes
-from .teacher import Teacher
+from .teacher import Teacher, _text
 
 # %% auto #0
 __all__ = ['methods', 'schedules', 'describe', 'Method', 'loss_class', 'split_methods', 'method', 'Results', 'digest',
@@ -494,7 +494,7 @@ def _device_name(device): return torch.cuda.get_device_name(device) if device.ty
 def _shape(model):
     "A digest of a model's layers and sizes; no random number of the caller is drawn"
     with torch.random.fork_rng(): m = model()
-    return digest([re.sub(' at 0x[0-9a-f]+', '', str(m)), [[k,list(v.shape)] for k,v in m.state_dict().items()]])
+    return digest([_text(m), [[k,list(v.shape)] for k,v in m.state_dict().items()]])
 
 # %% ../nbs/05_compare.ipynb #748360b2
 def holm(

@@ -36,7 +36,11 @@ def _model_of(teacher):
     what = f"the class {teacher.__name__}" if isinstance(teacher, type) else f"{type(teacher).__name__} ({teacher!r})"
     raise TypeError(f"A teacher is a trained model (an `nn.Module`), a `Learner`, a callable from inputs to logits, or a list of these, but this is {what}.")
 
-# %% ../nbs/02_teacher.ipynb #4a3f5abb
+# %% ../nbs/02_teacher.ipynb #b129ad85
+def _text(model):
+    "The layers of `model` as text that is the same in every process: without the addresses of functions in it"
+    return re.sub(' at 0x[0-9a-f]+', '', str(model))
+
 def digest(
     models, # Modules
     *settings # What else decides their outputs
@@ -46,7 +50,7 @@ def digest(
     for m in models:
         if not isinstance(m, nn.Module): h.update(f'{type(m)} {id(m)}'.encode())
         else:
-            h.update(re.sub(' at 0x[0-9a-f]+', '', str(m)).encode())  # of a function in it the name, for its address is another in each process
+            h.update(_text(m).encode())
             for name,t in m.state_dict().items():
                 if isinstance(t, Tensor): h.update(f'{name} {tuple(t.shape)} {t.dtype} {row_keys(t.reshape(1,-1)).item() if t.numel() else 0}'.encode())
     return h.hexdigest()

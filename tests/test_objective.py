@@ -196,6 +196,16 @@ def test_an_ensemble_for_yes_and_no_is_the_mean_of_sigmoids():
     for T in 1.,2.: torch.testing.assert_close((mean_logits(z, T, axis=None)/T).sigmoid(), torch.stack([(o/T).sigmoid() for o in z]).mean(0))
     assert torch.isfinite(mean_logits([1e4*o for o in z], axis=None)).all()
 
+def test_a_loss_without_a_temperature_says_what_is_averaged():
+    class Yes(KDLoss):
+        ensemble = 'sigmoid'
+        def forward(self, pred, teacher_pred):
+            seen.append(teacher_pred)
+            return pred.mean()
+    seen,teachers = [],[lambda x, z=z: torch.full((len(x),3), z) for z in (-3.,1.)]
+    learner(batches(shuffle=False, dtype=torch.float64)).fit(1, cbs=KnowledgeDistillationCallback(teachers, Yes))
+    torch.testing.assert_close(seen[0].sigmoid(), torch.full((8,3), (1/(1+math.e**3) + 1/(1+math.e**-1))/2))
+
 @pytest.mark.parametrize('loss', [SoftTarget, BinarySoftTarget, ChannelWise, Logits, DIST])
 def test_two_teachers_that_agree_are_one(loss):
     "also where the numbers of a row are not the probabilities of one class among several"

@@ -459,3 +459,5 @@ def test_charts(finished, tmp_path, monkeypatch):
     a,b = chart(made(none=[50.,60.], a=[51.,62.])).axes
     assert [t.get_text() for t in a.get_yticklabels()] == ['student alone','a']
     assert sorted(a.lines[0].get_xdata()) == [50,60]
+    many = made(**{f'method{i}': [50.] for i in range(23)})
+    for ax in curves(many).axes: assert len({(line.get_color(), line.get_linestyle()) for line in ax.lines}) == 23

@@ -624,11 +624,13 @@ def overtakes(
     runs:pd.DataFrame, # Runs of one comparison
     baseline:str='none' # The method whose final validation accuracy is to be passed
 ) -> pd.DataFrame:
-    "For each method, the epochs and the training time (as a share of the baseline's) after which a run has passed the baseline's final validation accuracy: means over the runs that did, `passed` of `n`."
+    """For each method, the epochs and the training time (as a share of the baseline's) after which a run has passed the baseline's final validation accuracy: means over the runs that did, `passed` of `n`.
+
+    A noisy curve passes it before its end, the baseline's own too: compare with its row, the first. Time is that of the student's training, with the teacher's forward but without its training."""
     base = runs[runs.method == baseline]
     if not len(base): raise ValueError(f"There are no runs of {baseline!r} to be overtaken.")
     goal,total,rows = np.mean([log['accuracy'][-1] for log in base.log]),np.mean([sum(s) for s in base.seconds]),{}
-    for name,g in runs[runs.method != baseline].groupby('method', sort=False):
+    for name,g in [(baseline,base), *runs[runs.method != baseline].groupby('method', sort=False)]:
         first = [next((i for i,a in enumerate(log['accuracy'], 1) if a > goal), None) for log in g.log]
         times = [sum(s[:i])/total for i,s in zip(first, g.seconds) if i]
         rows[name] = dict(epochs=np.mean([i for i in first if i]) if times else np.nan, time=np.mean(times) if times else np.nan, passed=len(times), n=len(g))

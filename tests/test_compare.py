@@ -446,6 +446,8 @@ def test_overtaking():
     runs = made(none=[50.], a=[60.,40.])
     o = overtakes(runs).loc['a']
     assert o.tolist() == [3,9/4,1,2]
+    early = overtakes(made(a=[60.,40.], none=[50.,70.]))  # their mean, 60, the better one has passed after 3 epochs
+    assert list(early.index) == ['none','a'] and early.loc['none'].tolist() == [3,1,1,2]
     with pytest.raises(ValueError, match='no runs'): overtakes(runs, 'b')
 
 def test_charts(finished, tmp_path, monkeypatch):

@@ -642,12 +642,14 @@ def curves(
     path=None # Where to save the chart
 ):
     "Validation accuracy, mean over seeds, by epoch and by seconds of training; returns the figure."
+    from matplotlib import cycler, rcParams
     fig,(a,b) = _two_plots(3.6)
-    for i,(name,g) in enumerate(runs.groupby('method', sort=False)):
+    dashes,colours = cycler(linestyle=['-','--',':','-.']),cycler(color=rcParams['axes.prop_cycle'].by_key()['color'])
+    for ax in (a,b): ax.set_prop_cycle(dashes * colours)  # dashed where the colours run out
+    for name,g in runs.groupby('method', sort=False):
         acc = 100*np.array([log['accuracy'] for log in g.log], dtype=float).mean(0)
-        look = dict(color=f'C{i%10}', ls=('-','--',':','-.')[i//10%4])  # there are ten colours
-        a.plot(range(1, len(acc)+1), acc, label='student alone' if name == 'none' else name, **look)
-        b.plot(np.array(g.seconds.tolist()).cumsum(1).mean(0), acc, **look)
+        a.plot(range(1, len(acc)+1), acc, label='student alone' if name == 'none' else name)
+        b.plot(np.array(g.seconds.tolist()).cumsum(1).mean(0), acc)
     a.set_ylabel('validation accuracy, %')
     a.set_xlabel('epoch')
     b.set_xlabel('seconds of training')

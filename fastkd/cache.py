@@ -75,9 +75,11 @@ class LogitsCache:
     def __len__(self): return len(self.index)
 
     def open(self,
-        owner:str # What the logits belong to: a digest of the teacher
+        owner:str, # What the logits belong to: a digest of the teacher
+        n_items:int=None # How many items the data have, to find out whether their inputs change
     ):
-        "Be ready for the logits of `owner`."
+        "Be ready for the logits of `owner`. Raises `ValueError` if the folder holds another one's."
+        self.n_items,self.seen = n_items,set()
         if owner == self.owner: return
         if self.folder is None:
             if self.owner is not None: self.clear()  # the teacher was trained on
@@ -106,6 +108,16 @@ class LogitsCache:
         good = np.concatenate([rows['check'][i:i+4096] == self._check(rows['key'][i:i+4096], rows['z'][i:i+4096]) for i in range(0, n, 4096)])
         for i in np.flatnonzero(good): self.index.setdefault(int(rows['key'][i]), (len(self.parts),int(i)))
         self.parts.append(rows)
+
+    def watch(self,
+        inputs:list # Keys of the inputs of a batch
+    ):
+        "Count different inputs. Raises `ValueError` if there are more of them than items, so that they change from epoch to epoch."
+        if self.n_items is None: return
+        self.seen.update(inputs)
+        if len(self.seen) > self.n_items:
+            raise ValueError(f"The teacher has been shown more different inputs than there are items in the data ({self.n_items}), so the inputs of an item change and its logits "
+                "cannot be kept. Leave out what is random (augmentation, MixUp; `Resize` crops at random in training: use `Resize(size, method='squish')`), or the cache.")
 
     def missing(self,
         keys:list # Row keys

@@ -4,559 +4,131 @@
 
 # %% ../nbs/03_callback.ipynb #8b609e06
 from __future__ import annotations
-import copy, inspect, math, warnings, weakref
-from contextlib import contextmanager, ExitStack
-from functools import partial
-import torch
-import torch.nn.functional as F
-from torch import nn, Tensor
-from fastcore.basics import camel2snake, patch
+import functools, warnings
+from fastcore.basics import patch
+from fastai.basics import L, Learner
 from fastai.callback.core import Callback
-from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.mixup import MixHandler
-from fastai.basics import AvgLoss, L, Learner, Recorder, TrainEvalCallback, detuplify, find_bs, find_device, noop, num_distrib, to_device
-from .losses import _plain
-from .layers import Taps, unwrap, named_layers, match_layers
-from .teacher import Teacher, evaluating, logits_of, mean_logits
+from .layers import unwrap
+from .objective import Objective
+from .session import Result, Session, as_pairs, autocast_left
+from .teacher import Teacher
 
 # %% auto #0
-__all__ = ['Term', 'Weights', 'TermMetric', 'class_axis', 'ignored_index', 'LossParameters', 'KnowledgeDistillationCallback',
-           'autocast_left']
-
-# %% ../nbs/03_callback.ipynb #2ca1ade1
-_offered = 'pred','teacher_pred','target','fm_s','fm_t','axis','ignore_index','pct_train'
-
-class Term:
-    "One distillation loss: what it needs, and its column in the epoch table."
-    def __init__(self,
-        loss, # A loss: a class, an instance, or a function
-        column:str='kd_loss' # Name of the term
-    ):
-        self.loss,self.column = loss() if isinstance(loss, type) else loss,column
-        if not callable(self.loss): raise TypeError(f"A loss is a loss class, an instance or a function, but this is {loss!r}.")
-        params = inspect.signature(self.loss.forward if isinstance(self.loss, nn.Module) else self.loss).parameters
-        self.named = [o for o in _offered if o in params]
-        # a function of nothing but `**kwargs` is offered everything
-        if not self.named and any(p.kind is p.VAR_KEYWORD for p in params.values()): self.named = list(_offered)
-        if not self.named: raise TypeError(f"The loss {self.name} takes none of the keywords {', '.join(_offered)}.")
-        more = [n for n,p in params.items() if n not in _offered and p.default is p.empty and p.kind in (p.POSITIONAL_ONLY,p.POSITIONAL_OR_KEYWORD,p.KEYWORD_ONLY)]
-        if more: raise TypeError(f"The loss {self.name} asks for {', '.join(more)}, but a loss gets what it names of {', '.join(_offered)}: wrap it, e.g. `lambda pred, teacher_pred: F.mse_loss(pred, teacher_pred)`.")
-        self.labels = 'target' in params and params['target'].default is inspect.Parameter.empty
-
-    @property
-    def name(self): return getattr(self.loss, '__name__', type(self.loss).__name__)
-    @property
-    def logits(self): return 'teacher_pred' in self.named
-    @property
-    def features(self): return 'fm_s' in self.named or 'fm_t' in self.named
-    @property
-    def trained(self): return hasattr(self.loss, 'build') or (isinstance(self.loss, nn.Module) and next(self.loss.parameters(), None) is not None)
-
-    def __call__(self, **offered) -> Tensor:
-        "The loss of a batch, a scalar; raises `ValueError` where it is none."
-        value = self.loss(**{o: offered[o] for o in self.named})
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            raise ValueError(f"The loss {self.name} returned {f'a tensor of shape {tuple(value.shape)}' if isinstance(value, Tensor) else repr(value)}, not one number: reduce it, e.g. with `.mean()`.")
-        return value.reshape(())
-
-# %% ../nbs/03_callback.ipynb #d6ae55cc
-class Weights:
-    "How much the learner's own loss and each distillation term count, over a training."
-    def __init__(self,
-        terms:list, # The terms, `Term`s
-        weight=0.5, # One number for their sum, a number for each, or 'paper'
-        label_weight:float=None, # The weight of the learner's own loss; `None` for what the terms leave of 1, or the papers'
-        schedule=None # Multiplies the weights: a function of training progress
-    ):
-        self.warmup = [getattr(t.loss, 'warmup_epochs', 0) if isinstance(weight, str) and schedule is None else 0 for t in terms]
-        if isinstance(weight, str): label_weight,weight = self._papers(terms, weight, label_weight)
-        one = not isinstance(weight, (list,tuple,L))
-        self.each = [float(weight)]*len(terms) if one else [float(w) for w in weight]
-        self.total,self.label,self.schedule = self.each[0] if one else sum(self.each),label_weight,schedule
-        if len(self.each) != len(terms): raise ValueError(f"There are {len(terms)} losses but {len(self.each)} weights.")
-        bad = [w for w in (*self.each, label_weight or 0.) if not (0 <= w < math.inf)]
-        if bad: raise ValueError(f"A weight is a number from 0 up, but one is {bad[0]}.")
-        if label_weight is None and self.total > 1:
-            raise ValueError(f"With weights that add up to {self.total:g} nothing is left for the learner's own loss (1 - sum(weight) < 0): say how much it weighs with `label_weight`, e.g. `label_weight=1`.")
-
-    def _papers(self, terms, weight, label_weight):
-        if weight != 'paper': raise ValueError(f"`weight` is a number, a list of numbers or 'paper', but this is {weight!r}.")
-        for t in terms:
-            if getattr(t.loss, 'paper', None) is None: raise ValueError(f"The loss {t.name} has no weights from a paper (its attribute `paper`); give numbers.")
-        labels,weights = zip(*[t.loss.paper for t in terms])
-        if label_weight is None and len(set(labels)) > 1:
-            raise ValueError(f"The papers of {[t.name for t in terms]} weigh the labels differently, {labels}; say which with `label_weight`.")
-        return labels[0] if label_weight is None else label_weight, weights
-
-    def at(self,
-        pct_train:float, # How much of the training is done
-        n_epoch:int=1 # Of how many epochs
-    ) -> tuple:
-        "The weight of the learner's own loss, and a list of the terms' weights."
-        s = 1. if self.schedule is None else float(self.schedule(min(pct_train, 1.)))
-        warm = [min(pct_train*n_epoch/n, 1.) if n else 1. for n in self.warmup]
-        label = 1-s*self.total if self.label is None else self.label
-        if s < 0 or label < -1e-6: raise ValueError(f"The schedule gives {s:g} at {pct_train:.0%} of the training, and with it a negative weight: keep it from 0 up, or give a `label_weight`.")
-        return label, [s*w*o for w,o in zip(self.each, warm)]
-
-# %% ../nbs/03_callback.ipynb #44f2f560
-class TermMetric(AvgLoss):
-    "The mean of one term over a phase of an epoch: a column of the epoch table."
-    def __init__(self,
-        values:dict, # The terms of the present batch, by column
-        column:str # The one to average
-    ):
-        self.values,self.column = values,column
-        self.reset()
-
-    def accumulate(self, learn):
-        if self.column not in self.values: return
-        bs = find_bs(learn.yb)
-        self.total += learn.to_detach(self.values[self.column])*bs
-        self.count += bs
-
-    @property
-    def value(self): return self.total/self.count if self.count else math.nan
-    @property
-    def name(self): return self.column
-    def __reduce__(self): return AvgLoss,()  # an export in the middle of a fit must load without fastkd
-
-# %% ../nbs/03_callback.ipynb #5e7a0315
-def class_axis(
-    loss_func # A learner's loss function
-) -> int:
-    "The axis of the logits along which the classes lie."
-    if hasattr(loss_func, 'axis'): return loss_func.axis
-    torch_ce = isinstance(loss_func, (nn.CrossEntropyLoss, nn.NLLLoss)) or getattr(loss_func, 'func', loss_func) in (F.cross_entropy, F.nll_loss)
-    return 1 if torch_ce else -1
-
-# %% ../nbs/03_callback.ipynb #6b21a424
-def ignored_index(
-    loss_func # A learner's loss function
-) -> int|None:
-    "The label that `loss_func` leaves out, `None` where there is none."
-    return next((f.ignore_index for f in (loss_func, getattr(loss_func, 'func', None)) if hasattr(f, 'ignore_index')), None)
-
-def _averaged(loss_func):
-    "The arguments of `mean_logits` for an ensemble that is judged by `loss_func`"
-    f = getattr(loss_func, 'func', loss_func)
-    if isinstance(f, (nn.MSELoss,nn.L1Loss,nn.SmoothL1Loss,nn.HuberLoss)) or f in (F.mse_loss,F.l1_loss,F.smooth_l1_loss,F.huber_loss): return dict(T=None)
-    return dict(axis=None if isinstance(f, nn.BCEWithLogitsLoss) or f is F.binary_cross_entropy_with_logits else class_axis(loss_func))
-
-# %% ../nbs/03_callback.ipynb #67f57111
-class LossParameters:
-    "The parameters of losses: trained by the learner's optimizer with the settings of its last group, and no part of it otherwise."
-    def __init__(self): self.params,self.states,self.slow,self.opt = [],[],None,None
-
-    def add(self,
-        params:list, # More parameters, from the next `join` on
-        at:int=None # Before which of those that are there; after them by default
-    ):
-        self.leave()
-        new = [(self.params,params), *[(state, [{} for _ in params]) for state in self.states]]
-        if self.slow is not None: new.append((self.slow, [p.detach().clone() for p in params]))
-        at = len(self.params) if at is None else at
-        for there,more in new: there[at:at] = more
-
-    def join(self,
-        opt # A learner's optimizer
-    ):
-        "Put the parameters, with the state that they had, into `opt`."
-        if self.opt is opt or not self.params: return
-        self.leave()  # an export in the middle of a training leaves a new optimizer
-        self.opt,stores = opt,self._stores(opt)
-        for store,states in zip(stores, self.states or [[{} for _ in self.params] for _ in stores]): store.update(zip(self.params, states))
-        groups = opt.param_lists
-        groups[-1] = groups[-1] + self.params
-        opt.param_lists = groups
-        if getattr(opt, 'slow_weights', None) is not None:  # those of fastai's `Lookahead`, in the order of the parameters
-            opt.slow_weights[-1] = opt.slow_weights[-1] + (self.slow or [p.detach().clone() for p in self.params])
-
-    def leave(self):
-        "Take the parameters out again; their state is kept for the next time."
-        if self.opt is None: return
-        self.states,self.slow = self.kept().values()
-        for store in self._stores(self.opt):
-            for p in self.params: store.pop(p, None)
-        ours,groups = {id(p) for p in self.params},self.opt.param_lists
-        for i,ps in enumerate(groups): groups[i] = type(ps)(p for p in ps if id(p) not in ours)
-        self.opt.param_lists = groups
-        if self.slow is not None: self.opt.slow_weights[-1] = self.opt.slow_weights[-1][:-len(self.slow)]
-        self.opt = None
-
-    def kept(self) -> dict:
-        "The optimizer's state of each parameter."
-        if self.opt is None: return dict(opt=self.states, slow=self.slow)
-        slow = getattr(self.opt, 'slow_weights', None)
-        return dict(opt=[[store.get(p, {}) for p in self.params] for store in self._stores(self.opt)], slow=slow and list(slow[-1][-len(self.params):]))
-
-    @staticmethod
-    def _stores(opt):
-        "Where `opt` keeps the state of parameters: an `OptimWrapper` has a second place, PyTorch's"
-        return [o.state for o in (opt, getattr(opt, 'opt', None)) if o is not None]
-
-    def average(self):
-        "Average the gradients over the processes of a distributed training."
-        if num_distrib() < 2: return
-        for p in self.params:
-            if p.grad is None: p.grad = torch.zeros_like(p)
-            torch.distributed.all_reduce(p.grad)
-            p.grad /= num_distrib()
-
-# %% ../nbs/03_callback.ipynb #3fd0eb1f
-def _pairs(student, teacher):
-    "The pairs of two lists of names, `None` where there are no names"
-    if student is None and teacher is None: return None
-    student,teacher = [[o] if isinstance(o, str) else list(o or []) for o in (student,teacher)]
-    if len(student) != len(teacher) or not student:
-        raise ValueError(f"Layers are compared in pairs, but {len(student)} were named of the student ({student}) and {len(teacher)} of the teacher ({teacher}).")
-    pairs = list(zip(student, teacher))
-    twice = next((p for i,p in enumerate(pairs) if p in pairs[:i]), None)
-    if twice: raise ValueError(f"The pair {twice} is named twice; name it once, and raise its weight if it is to count more.")
-    return pairs
+__all__ = ['KnowledgeDistillationCallback', 'fit', 'export']
 
 # %% ../nbs/03_callback.ipynb #3aad8ee1
 class KnowledgeDistillationCallback(Callback):
     """Train the learner's model, the student, with the help of a teacher.
 
-    Works in `fit` alone (and in `lr_find`); in `validate`, `get_preds` and the like it does nothing. Of a layer that runs several times in a forward
-    the last call counts. Raises at the start of the fit, or here, where something does not fit together."""
-    order = Callback.order-1  # in `after_loss` before all that adds to the loss or scales it: `RNNRegularizer`, `GradientAccumulation`, `MixedPrecision`
+    Distills during `fit` and `lr_find` only; `validate`, `get_preds` and `predict` see the plain student. If a layer runs several times in one forward pass,
+    its last output is used. Raises at the start of the fit, or here, if something does not fit together."""
+    order,run_valid = Callback.order-1,False  # in `after_loss` before all that adds to the loss or scales it
     def __init__(self,
         teacher, # A trained model (`nn.Module`), a `Learner`, a callable, a list of these (an ensemble), or a `Teacher`
         loss, # A loss class, a loss instance, a function, or a list of these
-        activations_student:str|list=None, # Names of the student's layers to compare; see `get_model_layers`
+        activations_student:str|list=None, # Names of the student's layers to compare; see `get_model_layers`. Left out, `match_layers` finds pairs
         activations_teacher:str|list=None, # Names of the teacher's layers, paired with the student's in order
-        weight:float|list|str=0.5, # Weight of the distillation term, one weight for each loss, or 'paper': those of the losses' papers
-        label_weight:float=None, # Weight of the learner's own loss; `None`: `1 - sum(weight)`, or the paper's
-        schedule=None, # An annealer of training progress such as `SchedCos(0, 1)`, multiplied into the weights
-        valid:bool=True # Is the validation loss the training objective too? `False`: the teacher is not run in validation
+        weight:float|list|str=None, # Weight of the distillation term, shared by several losses, or one for each, or 'paper'. Left out: 0.5 for losses on logits, the papers' for losses on activations
+        label_weight:float=None, # Weight of the learner's own loss; `None`: what the weights leave of 1, or the papers' (the smallest)
+        schedule=None, # An annealer of training progress such as `SchedCos(0, 1)`, multiplied into the terms' weights
+        valid=None # Does nothing; validation is always the student's own
     ):
+        if valid is not None: warnings.warn("`valid` does nothing any more: in validation the loss and the metrics are always the student's own.")
         self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
-        losses = list(loss) if isinstance(loss, (list,tuple,L)) else [loss]
-        if not losses: raise ValueError("The list of losses is empty.")
-        self.terms = [Term(o) for o in losses]
-        if len(losses) > 1:
-            names = [camel2snake(t.name if t.name.isidentifier() else 'kd') for t in self.terms]
-            for i,t in enumerate(self.terms): t.column = names[i] + ('_loss' if names.count(names[i]) == 1 else f'_loss_{names[:i+1].count(names[i])}')
-        self.asked = self.pairs = _pairs(activations_student, activations_teacher)
-        self.weights,self.valid = Weights(self.terms, weight, label_weight, schedule),valid
-        self.values,self.curves,self.student = {},{},noop  # of the last fit: the batch's terms, their curves, the learner
-        self.undo,self.own,self.taps,self.ended,self.loaded,self.trying = ExitStack(),LossParameters(),None,{},None,False
-        self.close()
-
-    @property
-    def fitting(self): return self.on and (self.learn.training or self.learn.create_mbar)  # fastai's `validate` and `get_preds` are not training and turn `create_mbar` off
-    @property
-    def distilling(self): return self.on and (self.learn.training or (self.valid and self.learn.create_mbar))
-    def live(self):
-        "The terms that count for this batch, with their weights."
-        learn = self.learn
-        if not self.distilling: return []
-        rows = math.inf if learn.training else find_bs(learn.xb)
-        return [(t,w) for t,w in zip(self.terms, self.weights.at(learn.pct_train, learn.n_epoch)[1]) if w and rows >= getattr(t.loss, 'min_rows', 1)]
-
-    # what `Learner.export` keeps of this callback: nothing
-    def __reduce__(self): return Callback,()
-    def __deepcopy__(self, memo=None): raise TypeError("A distillation callback cannot be copied, for an empty one would take its place: make another one.")
-    __copy__ = __deepcopy__
+        self.objective,self.named_pairs = Objective(loss, weight, label_weight, schedule),as_pairs(activations_student, activations_teacher)
+        self.session,self.result,self.loaded = None,None,None
 
     def before_fit(self):
-        "Add the columns of the epoch table"
-        if not self.fresh:
-            self.lookalikes += self.create_mbar
-            return
-        self.fresh,self.on = False,True
-        self.offer = dict(axis=class_axis(self.loss_func), ignore_index=ignored_index(self.loss_func))  # before MixUp replaces the loss
-        self.trying = hasattr(self.learn, 'lr_finder')  # it puts the student back
-        self.student = weakref.ref(self.learn)
-        columns = ['label_loss'] + [t.column for t in self.terms]
-        self.curves = {'train': {c: [] for c in columns}, 'valid': {c: [] for c in columns}, 'steps': []}
-        if self.create_mbar: self.undo.enter_context(_columns(self.learn, [TermMetric(self.values, c) for c in columns]))
-
-    def before_epoch(self):
-        for m in self.learn.metrics:
-            if isinstance(m, TermMetric): m.reset()  # no means of the last epoch where this one is cut short
-
-    def before_train(self):
-        self.teacher.reset()
-        self.own.join(self.opt)
-
-    def before_validate(self):
-        if self.distilling: self.teacher.reset()
-
-    def before_batch(self):
-        "Hook the student's layers"
-        self.values.clear()
-        if self.training: self.own.join(self.opt)
-        live = self.live()
-        if not live: return
-        if self.taps is None: self._prepare()
-        if any(t.features for t,_ in live): self.taps[0].__enter__()
-
-    def after_pred(self):
-        if self.taps: self.taps[0].__exit__()
+        "Open a session; `tta` and `with learn` send this event too, also inside a fit"
+        if self.learn.lock.locked(): return  # `validate` and `get_preds`
+        if self.session is None:
+            self.session = Session(self.teacher, self.objective, self.named_pairs, self.loss_state)
+            self.session.open(self.learn)
+        self.session.depth += 1
 
     def after_loss(self):
         "Join the terms to the learner's own loss"
-        learn = self.learn
-        if not len(learn.yb) or not self.fitting: return
-        label = _plain(learn.loss_grad)
-        self.values['label_loss'] = label.detach().clone()  # later callbacks change `loss_grad` in place
-        if not self.distilling: return
-        live,(label_weight,_) = self.live(),self.weights.at(learn.pct_train, learn.n_epoch)
-        if live or label_weight != 1:
-            # a term of weight 0 is left out rather than multiplied, for it may not be finite
-            parts = [label_weight*label] if label_weight else []
-            parts += [w*term for (_,w),term in zip(live, self._distil([t for t,_ in live]))]
-            learn.loss_grad = sum(parts) if parts else 0*label
-            learn.loss = learn.loss_grad.clone()
+        if self.session is not None: self.session.join_terms()
 
-    def _prepare(self):
-        "On the first batch: move the teacher, pair the layers, and make room for losses that will have parameters"
-        student,guests = unwrap(self.model),[unwrap(m) for m in self.teacher.models]
-        if any(m is student for m in guests): raise ValueError("The teacher is the student itself; give another model, or a copy of it (`copy.deepcopy`).")
-        mixed = any(isinstance(cb, MixHandler) for cb in self.learn.cbs)
-        if self.teacher.cache is not None and (mixed or any(t.features for t in self.terms)):
-            raise ValueError(f"The teacher's `cache` keeps the logits of items that stay the same: leave it out {'with inputs that are mixed' if mixed else 'for losses that compare activations'}.")
-        if mixed and any(t.labels for t in self.terms):
-            raise ValueError(f"The loss {next(t.name for t in self.terms if t.labels)} needs one class label for each input, which {self.learn.cbs} mixes; leave out the mixing, or use a loss without labels such as `SoftTarget`.")
-        if self.trying: self.undo.callback(self.teacher.snapshot())
-        self.teacher.begin(self.learn)
-        guests = [unwrap(m) for m in self.teacher.models]  # a moving average is made only now
-        self.undo.enter_context(self.teacher.on(find_device(self.xb), n_items=self._n_items()))
-        self.teacher.reset()
-        for t in self.terms:
-            if not t.trained: continue
-            self.undo.callback(setattr, t, 'loss', t.loss)
-            t.loss = copy.deepcopy(t.loss)  # for the parameters of this fit; the user's object stays as it is
-            self.unbuilt.append(t)
-        features = [t for t in self.terms if t.features]
-        if self.asked and not features: warnings.warn(f"Layers are named, but none of the losses {[t.name for t in self.terms]} compares activations.")
-        if features and not isinstance(guests[0], nn.Module):
-            raise ValueError(f"The loss {features[0].name} compares activations, but the teacher is a {type(guests[0]).__name__}, which has no layers; give an `nn.Module`.")
-        if features and isinstance(self.model, nn.DataParallel) and len(self.model.device_ids) > 1:
-            raise ValueError(f"The loss {features[0].name} compares activations, of which `DataParallel` on several devices leaves those of one: use `DistributedDataParallel` (`learn.distrib_ctx()`).")
-        matched = None
-        for t in features:
-            layers = getattr(t.loss, 'layers', None)
-            t.pairs = _pairs(*zip(*(layers.items() if isinstance(layers, dict) else layers))) if layers else self.asked
-            if t.pairs is None:
-                matched = matched or list(zip(*match_layers(self.model, self.teacher.model, self.xb, teacher_xb=self.teacher.inputs_of(*self.xb))))
-                t.pairs = matched
-        if matched: print('Pairs of layers:', ', '.join(f'{s} ~ {t}' for s,t in matched))
-        self.pairs = list(dict.fromkeys(p for t in features for p in t.pairs))
-        self.taps = self._taps(self.model, self.xb)
-
-    def _taps(self, student, xb):
-        "What keeps the activations of all pairs, the student's and the teacher's"
-        models,inputs = (student,self.teacher.model),(xb,self.teacher.inputs_of(*xb))
-        return [Taps(m, dict.fromkeys(names), whose, x) for m,names,whose,x in zip(models, zip(*self.pairs), ('student','teacher'), inputs)]
-
-    def _distil(self, terms):
-        "The values of `terms` for this batch"
-        learn = self.learn
-        logits,features = any(t.logits for t in terms),any(t.features for t in terms)
-        if terms and not self.checked: logits = any(t.logits for t,w in zip(self.terms, self.weights.each) if w)  # also those that count only later
-        pred,outs,acts = _plain(logits_of(learn.pred)),[],({},{})
-        if logits or features:
-            outs = [_plain(o) for o in self.teacher.run(*learn.xb, taps=self.taps[1] if features else None, logits=logits)]
-        if features: acts = [{n: _plain(a) for n,a in taps.activations().items()} for taps in self.taps]
-        target,values = _plain(detuplify(learn.yb)),[]
-        if not self.checked: self._check(pred, target, outs, acts[1])
-        offer = dict(self.offer, pred=pred, target=target, pct_train=learn.pct_train)
-        if not isinstance(target, Tensor) or target.is_floating_point(): offer['ignore_index'] = None  # labels that are no class indices
-        with torch.autocast(pred.device.type, enabled=False):
-            for t in terms:
-                fm_s,fm_t = [{p: a[p[i]] for p in t.pairs} for i,a in enumerate(acts)] if t.features else ({},{})
-                if t in self.unbuilt: self._build(t, fm_s, fm_t)
-                if t.trained: t.loss.train(learn.training)  # it may have BatchNorm or dropout
-                T,how = getattr(t.loss, 'T', None),getattr(t.loss, 'ensemble', 'softmax')
-                T = None if how is None else 1. if how == 'sigmoid' and T is None else T
-                teacher_pred = mean_logits(outs, T(learn.pct_train) if callable(T) else T, None if how == 'sigmoid' else self.offer['axis']) if t.logits else None
-                value = t(teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, **offer)
-                self.values[t.column] = value.detach().clone()
-                values.append(value)
-        return values
-
-    def _check(self, pred, target, outs, acts):
-        "On the first batch: do the teacher's outputs fit, and where are the classes?"
-        if isinstance(target, Tensor) and pred.ndim == target.ndim+1 > 2 and pred.shape[:-1] != target.shape == pred.shape[:1]+pred.shape[2:]:
-            self.offer['axis'] = 1  # the shape of the labels says so where the loss function has no `axis`
-        if getattr(self.teacher.cache, 'topk', None) is not None and self.offer['axis'] not in (-1, pred.ndim-1):
-            raise ValueError(f"`topk` keeps the largest logits of the last axis, but the classes are on axis {self.offer['axis']}: leave it out.")
-        for out in outs:
-            if out.shape != pred.shape:
-                raise ValueError(f"The student puts out logits of shape {tuple(pred.shape)} and the teacher {tuple(out.shape)}. Both must know the same classes in the same order: "
-                    "give one of them another head, wrap the teacher in a function that picks its columns, or use a loss on activations such as `Attention`.")
-        # classes may be masked by -inf
-        if any((o.isnan() | (o == math.inf)).any() for o in outs) or not all(o.isfinite().all() for o in acts.values()):
-            raise FloatingPointError("The teacher puts out NaN or infinite numbers for the first batch: it is the teacher that is broken, not the student.")
-        self.checked = True
-
-    def _build(self, term, fm_s, fm_t):
-        "Make the parameters of a loss from the shapes of the first batch"
-        if hasattr(term.loss, 'build'):
-            with torch.random.fork_rng(): term.loss.build(fm_s, fm_t)
-        else: term.loss.to(find_device(self.xb))
-        if self.loaded: term.loss.load_state_dict(self.loaded['losses'][term.column])
-        params = list(term.loss.parameters())
-        if num_distrib() > 1:
-            for p in params: torch.distributed.broadcast(p.data, 0)
-        earlier = self.terms[:self.terms.index(term)]  # which may be made later
-        self.own.add(params, sum(len(list(t.loss.parameters())) for t in earlier if t.trained and t not in self.unbuilt))
-        self.unbuilt.remove(term)
-        if self.loaded and not self.unbuilt: self.own.states,self.own.slow = copy.deepcopy((self.loaded['opt'], self.loaded.get('slow')))
-        if self.training: self.own.join(self.opt)
-
-    def state_dict(self) -> dict:
-        "The parameters of the losses and the optimizer's state of them, of this fit or the last one: to be saved beside a checkpoint of the student, for training to go on from."
-        if not self.own.params: return self.ended
-        losses = {t.column: t.loss.state_dict() for t in self.terms if t.trained}
-        return copy.deepcopy({'losses': losses, **self.own.kept()})
-
-    def load_state_dict(self, state:dict):
-        "Let the losses of the next fit go on from `state`, a `state_dict()`; otherwise they start anew in each fit."
-        self.loaded = state
-
-    def _n_items(self):
-        "How many items training and validation have, where they can be counted"
-        try: return sum(max(len(dl.dataset), getattr(dl, 'n', None) or 0) for dl in self.dls.loaders)
-        except TypeError: return None
-
-    def before_step(self): self.own.average()
-    def after_step(self):
-        if self.taps is not None: self.teacher.after_step(self.learn, **self.offer)
-
-    def after_batch(self):
-        "Keep the curves; drop the activations"
-        self.forget()
-        if not (self.on and self.training): return
-        values = dict(zip(self.values, torch.stack([v.float() for v in self.values.values()]).tolist())) if self.values else {}
-        for column,curve in self.curves.get('train', {}).items(): curve.append(values.get(column, math.nan))
-
-    def after_train(self):
-        self.forget()
-        self.own.leave()
-
-    def after_epoch(self):
-        "Keep the validation's means; a term that was 0 all through an epoch is hardly meant"
-        if not self.create_mbar or self.lookalikes: return
-        self.after_train()
-        for m in self.learn.metrics:
-            if isinstance(m, TermMetric): self.curves['valid'][m.column].append(float(m.value))
-        start,end = (self.curves['steps'] or [0])[-1],len(self.curves['train']['label_loss'])
-        self.curves['steps'].append(end)
-        for t in self.terms:
-            if end > start and not self.warned and all(v == 0 for v in self.curves['train'][t.column][start:]):
-                self.warned = True
-                warnings.warn(f"The distillation term {t.column} was exactly 0 in the whole epoch: the student learns nothing from it. Is the teacher another model, and are these its layers?")
+    def before_step(self):
+        "Average the gradients of the losses' parameters over processes"
+        if self.session is not None: self.session.loss_params.average()
 
     def after_fit(self):
-        if not self.create_mbar: return
-        if self.lookalikes: self.lookalikes -= 1
-        else: self.close()
-
-    def forget(self):
-        "Drop the hooks and the activations of a batch"
-        for taps in self.taps or ():
-            taps.__exit__()
-            taps.forget()
+        "Close the session with the fit that opened it"
+        if self.session is None or self.learn.lock.locked(): return
+        self.session.depth -= 1
+        if not self.session.depth: self.close()
 
     def close(self):
         "Take back all that a fit changed, however it ended"
-        self.forget()
-        if self.own.params and not self.trying: self.ended,self.loaded = self.state_dict(),None
-        self.own.leave()
-        self.undo.close()
-        self.own,self.taps,self.unbuilt,self.checked,self.warned = LossParameters(),None,[],False,False
-        self.fresh,self.on,self.lookalikes = False,False,0  # is a fit about to begin? does one run? how many `tta` and `with learn`, which look like one, are open?
+        if self.session is None: return
+        try:
+            if self.session.checked and not self.session.is_lr_find: self.result,self.loaded = Result(self.session),None
+        finally:
+            self.session.close()
+            self.session = None
 
-# %% ../nbs/03_callback.ipynb #91cd4331
-class _Guest(nn.Module):
-    "A teacher as the model of a `Learner`"
-    def __init__(self, teacher, loss_func):
-        super().__init__()
-        self.teacher,self.averaged,self.place = teacher,_averaged(loss_func),nn.Parameter(torch.empty(0))  # a learner looks where its model's parameters are
-    def forward(self, *xb): return mean_logits(self.teacher.run(*xb), **self.averaged)
+# %% ../nbs/03_callback.ipynb #fd9d9bfb
+@patch(as_prop=True)
+def curves(self:KnowledgeDistillationCallback) -> dict:
+    "`{'train': {term: a value for each batch}, 'steps': batches trained by the end of each epoch}`; empty before the first fit."
+    if self.session is not None: return {'train': self.session.curves.train(), 'steps': self.session.curves.steps}
+    return {} if self.result is None else self.result.curves
 
-# %% ../nbs/03_callback.ipynb #67dbf5c1
-@contextmanager
-def _columns(learn, metrics):
-    "Within the block `learn` has some more metrics"
-    learn.metrics = learn.metrics + metrics
-    try: yield
-    finally: learn.metrics = [m for m in learn.metrics if m not in metrics]
+@patch(as_prop=True)
+def pairs(self:KnowledgeDistillationCallback) -> list:
+    "The pairs of layers that are compared: `[(student's name, teacher's name), ...]`."
+    if self.session is not None: return self.session.all_pairs
+    return (self.named_pairs or []) if self.result is None else self.result.pairs
 
-# %% ../nbs/03_callback.ipynb #9b0fd4e7
-def _autocast_depth():
-    torch.autocast_increment_nesting()
-    return torch.autocast_decrement_nesting()
+# %% ../nbs/03_callback.ipynb #41b606fe
+@patch(as_prop=True)
+def loss_state(self:KnowledgeDistillationCallback) -> dict:
+    "What the parameters of losses start from: what was loaded, else where the last fit of the same student left them"
+    if self.loaded is not None: return self.loaded
+    return self.result.loss_state if self.result is not None and self.result.student() is unwrap(self.learn.model) else None
 
-@contextmanager
-def autocast_left(
-    cbs # Callbacks of a fit
-):
-    "Leave, after an error, the autocast that fastai's `MixedPrecision` enters in `before_batch` and leaves in `after_loss`: else it would stay on, with its copies of the weights, for whatever runs next."
-    depth = _autocast_depth()
-    try: yield
-    except BaseException:
-        for cb in cbs:
-            autocast = vars(cb).get('autocast') if isinstance(cb, MixedPrecision) else None
-            if autocast is not None and _autocast_depth() > depth: autocast.__exit__(None, None, None)
-        raise
+@patch
+def state_dict(self:KnowledgeDistillationCallback) -> dict:
+    "The parameters of the losses and the optimizer's state of them, of this fit or the last one."
+    if self.session is not None: return self.session.loss_state_dict()
+    return {} if self.result is None else self.result.loss_state
+
+@patch
+def load_state_dict(self:KnowledgeDistillationCallback, state:dict):
+    "Let the losses of the next fit go on from `state`, a `state_dict()`."
+    self.loaded = state or None
 
 # %% ../nbs/03_callback.ipynb #1651b7fb
-@patch
+_fit = Learner.fit
+
+@functools.wraps(_fit)
 def fit(self:Learner, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
-    "Fit `self.model` for `n_epoch` using `cbs`, as fastai does; nothing of a distillation is left afterwards, however it ended."
     kds = [cb for cb in L(cbs)+self.cbs if isinstance(cb, KnowledgeDistillationCallback)]
-    if len(kds) > 1: raise ValueError("There are two distillation callbacks in this fit (or one both in the learner and in `fit(cbs=)`): give one, with a list of losses or of teachers.")
-    for cb in kds: cb.fresh,cb.lookalikes = True,0
+    if len(kds) > 1:
+        raise ValueError("There are two distillation callbacks in this fit (or one both in the learner and in `fit(cbs=)`): give one, with a list of losses or of teachers.")
+    for kd in kds:
+        kd.close()  # what an earlier fit may have left open
+        if reset_opt: kd.result = None
     try:
-        with autocast_left(L(cbs)+self.cbs if kds else ()): self._orig_fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
+        with autocast_left(L(cbs)+self.cbs if kds else ()): return _fit(self, n_epoch, lr, wd, cbs, reset_opt, start_epoch)
     finally:
-        for cb in kds: cb.close()
+        for kd in kds: kd.close()
 
-# %% ../nbs/03_callback.ipynb #693f206a
-@patch
-def teacher_metrics(self:KnowledgeDistillationCallback,
-    learn:Learner=None # The student's learner; by default that of the present or last fit
-) -> dict:
-    "Is the teacher any good? The learner's loss and metrics for the teacher itself, on the validation set."
-    learn = learn or self.learn or self.student()
-    if learn is None: raise ValueError("There has been no fit yet: say for which learner, `teacher_metrics(learn)`.")
-    metrics = [m for m in learn.metrics if not isinstance(m, TermMetric)]
-    guest = Learner(learn.dls, _Guest(self.teacher, learn.loss_func), learn.loss_func, metrics=metrics, default_cbs=False, cbs=[TrainEvalCallback,Recorder])
-    with self.teacher.on(guest.dls.device): values = guest.validate()
-    return dict(zip(['loss', *(m.name for m in metrics)], values))
+Learner.fit = fit
 
-# %% ../nbs/03_callback.ipynb #f0c03a0a
-@patch
-def plot_losses(self:KnowledgeDistillationCallback, **kwargs):
-    "Plot the curve of each term of the last fit; `kwargs` go to `fastkd.plots.plot_losses`."
-    from fastkd.plots import plot_losses
-    if not self.curves: raise ValueError("There has been no fit yet, so there are no curves.")
-    return plot_losses(self.curves, **kwargs)
+# %% ../nbs/03_callback.ipynb #3978fb7c
+_export = Learner.export
 
-# %% ../nbs/03_callback.ipynb #7632d404
-@patch
-def show_attention(self:KnowledgeDistillationCallback,
-    n:int=4, # Number of images
-    dl=None, # A `DataLoader` with the images; the validation set by default
-    **kwargs
-):
-    "Show where the student and the teacher of the last fit look, for each pair of layers; `kwargs` go to `fastkd.plots.show_attention`."
-    from fastkd.plots import attention_images, show_attention
-    learn = self.student()
-    if learn is None or not self.pairs: raise ValueError("There is nothing to show before a fit with a loss that compares activations.")
-    dl = dl or learn.dls.valid
-    xb = tuple(x[:n] for x in dl.one_batch()[:learn.dls.n_inp])
-    device = next(learn.model.parameters()).device
-    with torch.no_grad(), evaluating(learn.model), self.teacher.on(device):
-        inputs = to_device(xb, device)
-        student,teacher = self._taps(learn.model, inputs)
-        student.run(*inputs)
-        self.teacher.run(*inputs, taps=teacher, logits=False)
-    maps = [[attention_images(acts[name]).cpu() for name in names] for acts,names in zip((student.activations(), teacher.activations()), zip(*self.pairs))]
-    return show_attention(dl.decode(xb)[0], *maps, pairs=self.pairs, **kwargs)
+@functools.wraps(_export)
+def export(self:Learner, *args, **kwargs):
+    ours = [cb for cb in self.cbs if isinstance(cb, (KnowledgeDistillationCallback,Session))]
+    sessions,metrics = [cb for cb in ours if isinstance(cb, Session)],self.metrics
+    for session in sessions: session.loss_params.leave()
+    try:
+        self.metrics = L(m for m in metrics if not any(m in session.columns for session in sessions))
+        with self.removed_cbs(ours): return _export(self, *args, **kwargs)
+    finally: self.metrics = metrics
+
+Learner.export = export

@@ -16,8 +16,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from fastai.basics import Learner, no_random, patch, to_device, tuplify
 
 # %% auto #0
-__all__ = ['unwrap', 'named_layers', 'get_model_layers', 'find_layer', 'first_tensor', 'Taps', 'evaluating', 'looking_at',
-           'LayerTable', 'layer_table', 'match_layers', 'layer_similarity']
+__all__ = ['unwrap', 'named_layers', 'get_model_layers', 'find_layer', 'first_tensor', 'FeatureHooks', 'evaluating',
+           'undisturbed', 'LayerTable', 'layer_table', 'match_layers', 'layer_similarity']
 
 # %% ../nbs/01_layers.ipynb #476d8c7c
 def unwrap(
@@ -50,14 +50,14 @@ def get_model_layers(
 def find_layer(
     model, # A model or a `Learner`
     name:str, # Dotted name of a layer
-    whose:str='model', # How to call the model in an error, e.g. 'student'
+    role:str='model', # How to call the model in an error, e.g. 'student'
     xb=None # Inputs, if at hand: the error tells the shapes of what the nearest layers put out
 ) -> nn.Module:
     "The layer of `model` called `name`. Raises `ValueError` that lists the nearest names where there is none, `TypeError` for what is no name."
     layers = dict(named_layers(model))
     if not isinstance(name, str):
         known = next((n for n,l in layers.items() if l is name), None)
-        raise TypeError(f"A layer is given by its name, a string, but for the {whose} there is a {type(name).__name__}"
+        raise TypeError(f"A layer is given by its name, a string, but for the {role} there is a {type(name).__name__}"
                         + (f"; the name of this one is {known!r}." if known else "."))
     if name in layers: return layers[name]
     thing = unwrap(model)
@@ -68,8 +68,8 @@ def find_layer(
     near = difflib.get_close_matches(name, layers, n=5, cutoff=0.3) or list(layers)[:5]
     shapes = {} if xb is None else {r.name: r.shape for r in _trace(model, xb)}
     near = [repr(n) + (f' {shapes.get(n) or "that does not run"}' if shapes else '') for n in near]
-    raise ValueError(f"Layer {name!r} of the {whose} ({type(unwrap(model)).__name__}) {what} "
-                     f"The nearest names: {', '.join(near)}. `get_model_layers({whose})` lists all of them.")
+    raise ValueError(f"Layer {name!r} of the {role} ({type(unwrap(model)).__name__}) {what} "
+                     f"The nearest names: {', '.join(near)}. `get_model_layers({role})` lists all of them.")
 
 # %% ../nbs/01_layers.ipynb #36f7a440
 def first_tensor(
@@ -90,23 +90,23 @@ def _compiled(model):
 class _Stop(BaseException): "Ends a forward of which nothing more is needed"
 
 # %% ../nbs/01_layers.ipynb #9864cc32
-class Taps:
+class FeatureHooks:
     "Keep in `stored` what the layers `names` of `model` put out, while in a `with` block. No hook stays behind."
     def __init__(self,
         model, # A model or a `Learner`
         names, # Dotted names of layers
-        whose:str='model', # How to call the model in an error
+        role:str='model', # How to call the model in an error
         xb=None # Inputs, if at hand, for an error that tells shapes
     ):
-        self.model,self.whose,self.layers = model,whose,{n: find_layer(model, n, whose, xb) for n in names}
+        self.model,self.role,self.layers = model,role,{n: find_layer(model, n, role, xb) for n in names}
         for n,l in self.layers.items():
             twin = next((o for o,k in self.layers.items() if o != n and k is l), None)
-            if twin is not None: raise ValueError(f"Layers {n!r} and {twin!r} of the {whose} are one and the same module, so what they put out cannot be told apart; name one of them.")
+            if twin is not None: raise ValueError(f"Layers {n!r} and {twin!r} of the {role} are one and the same module, so what they put out cannot be told apart; name one of them.")
         self.hooks,self.untouched,self.once,self.eager,self.compiled = [],set(),False,None,_compiled(model)
-        self.forget()
+        self.clear()
 
     def __enter__(self):
-        self.forget()
+        self.clear()
         if self.compiled: self.eager = torch.compiler.set_stance('force_eager')
         self.hooks = [l.register_forward_hook(partial(self._keep, n)) for n,l in self.layers.items()]
         return self
@@ -116,32 +116,32 @@ class Taps:
         if self.eager is not None: self.eager.__exit__(*args or (None,)*3)
         self.hooks,self.eager = [],None
 
-    def forget(self):
+    def clear(self):
         "Drop what was kept"
         self.stored,self.watched,self.calls,self.stop = {},[],0,False
 
     def _keep(self, name, layer, inp, output):
         act,key = first_tensor(output),(name, layer.training)
-        if act is None: raise TypeError(f"Layer {name!r} of the {self.whose} puts out no tensor but {type(output).__name__}; choose another layer.")
+        if act is None: raise TypeError(f"Layer {name!r} of the {self.role} puts out no tensor but {type(output).__name__}; choose another layer.")
         self.watched.append((key, act, act._version))
         self.stored[name] = act if key in self.untouched else act.clone()
         self.calls += 1
         if self.stop and self.calls == len(self.layers): raise _Stop
 
-    def activations(self) -> dict:
+    def collect(self) -> dict:
         "What was kept, by name, once the model has run. Raises `ValueError` for a layer that has not."
         changed = {key for key,act,version in self.watched if act._version != version}
         for name,_ in changed & self.untouched:
-            raise RuntimeError(f"What layer {name!r} of the {self.whose} put out was changed in place in this forward but not in the first; name the layer before it.")
+            raise RuntimeError(f"What layer {name!r} of the {self.role} put out was changed in place in this forward but not in the first; name the layer before it.")
         self.untouched |= {key for key,_,_ in self.watched} - changed
         missing = [n for n in self.layers if n not in self.stored]
         if missing:
             kind = type(self.layers[missing[0]]).__name__
             hint = f"a {kind} never runs itself, name a layer inside it" if isinstance(self.layers[missing[0]], (nn.ModuleList, nn.ModuleDict)) else "`layer_table` shows the layers that run"
-            raise ValueError(f"Layer {missing[0]!r} of the {self.whose} ({kind}) did not run in the forward, so there is nothing to compare: {hint}.")
+            raise ValueError(f"Layer {missing[0]!r} of the {self.role} ({kind}) did not run in the forward, so there is nothing to compare: {hint}.")
         self.once = self.calls == len(self.layers)
         stored = self.stored
-        self.forget()
+        self.clear()
         return stored
 
     def run(self,
@@ -169,7 +169,7 @@ def evaluating(
 
 # %% ../nbs/01_layers.ipynb #9f0012dd
 @contextmanager
-def looking_at(
+def undisturbed(
     *models # Models or `Learner`s
 ):
     "Within the block models can be run to look at them, in eval mode and without a graph; afterwards modes, hidden states and all random streams are as before."
@@ -225,7 +225,7 @@ def _trace(model, xb):
     def end(layer, args, kwargs, output):
         r = ran[layer]
         r.shape,r.inp,r.last = _shape(output),_shape((args, kwargs)),tick()
-    with looking_at(model):
+    with undisturbed(model):
         try:
             for layer in names: hooks += [layer.register_forward_pre_hook(begin), layer.register_forward_hook(end, with_kwargs=True)]
             _run(model, xb)
@@ -240,11 +240,11 @@ def _weighted(layer):
 
 class _Anatomy:
     "Where the stages are in a model that ran"
-    def __init__(self, model, xb, whose='model'):
-        self.trace,self.whose = _trace(model, xb),whose
+    def __init__(self, model, xb, role='model'):
+        self.trace,self.role = _trace(model, xb),role
         self.root,self.ran,self.shapes = self.trace[0],self.trace[1:],{r.name: r.shape for r in self.trace}
         inp = max((_shape(o) or () for o in tuplify(xb)), key=len)
-        if not inp: raise TypeError(f"The inputs of the {whose} should be a tensor or a tuple of tensors, but there is no tensor in them.")
+        if not inp: raise TypeError(f"The inputs of the {role} should be a tensor or a tuple of tensors, but there is no tensor in them.")
         # which dimension of three counts positions cannot be seen from the shape
         self.conv1d = any(isinstance(r.layer, nn.Conv1d) for r in self.ran)
         self.bs,self.grid = inp[0],inp[2:] if len(inp) > 3 or (len(inp) == 3 and self.conv1d) else inp[1:2]
@@ -341,7 +341,7 @@ class _Anatomy:
             # a few blocks in a plain network are not its stages
             if outer and (not least or weights >= self.n['']/2): return outer
         ran = ', '.join(f'{r.name!r} {r.shape}' for r in self.ran[:8])
-        raise ValueError(f"There is no layer in the {self.whose} ({type(self.root.layer).__name__}) that could be compared. Of its layers these ran: {ran or 'none'}.")
+        raise ValueError(f"There is no layer in the {self.role} ({type(self.root.layer).__name__}) that could be compared. Of its layers these ran: {ran or 'none'}.")
 
     def stages(self):
         "The last of the outermost layers at each resolution; all of them where there is one resolution only"
@@ -481,23 +481,23 @@ def _centred_gram(
     return k.fill_diagonal_(0)
 
 # %% ../nbs/01_layers.ipynb #289ce604
-def _grams(model, names, xb, whose):
+def _grams(model, names, xb, role):
     "The centred matrices of the layers `names` on one batch, one row each"
     grams,hooks = {},[]
     def keep(name, layer, inp, output):
         act = first_tensor(output)
-        if act is None or act.ndim < 2: raise TypeError(f"Layer {name!r} of the {whose} puts out nothing that could be compared between examples: {type(output).__name__}{_shape(output) or ''}.")
+        if act is None or act.ndim < 2: raise TypeError(f"Layer {name!r} of the {role} puts out nothing that could be compared between examples: {type(output).__name__}{_shape(output) or ''}.")
         grams[name] = _centred_gram(act.as_subclass(Tensor))
     try:
-        for n in names: hooks.append(find_layer(model, n, whose, xb).register_forward_hook(partial(keep, n)))
+        for n in names: hooks.append(find_layer(model, n, role, xb).register_forward_hook(partial(keep, n)))
         _run(unwrap(model), xb)
     finally:
         for h in hooks: h.remove()
     missing = [n for n in names if n not in grams]
-    if missing: raise ValueError(f"Layer {missing[0]!r} of the {whose} did not run in the forward. `layer_table` shows the layers that run.")
+    if missing: raise ValueError(f"Layer {missing[0]!r} of the {role} did not run in the forward. `layer_table` shows the layers that run.")
     sizes = {n: len(grams[n]) for n in names}
     odd = next((n for n in names if sizes[n] != len(first_tensor(tuplify(xb)))), None)
-    if odd: raise ValueError(f"Layer {odd!r} of the {whose} puts out {sizes[odd]} rows for a batch of {len(first_tensor(tuplify(xb)))} examples, so examples cannot be compared there; choose another layer.")
+    if odd: raise ValueError(f"Layer {odd!r} of the {role} puts out {sizes[odd]} rows for a batch of {len(first_tensor(tuplify(xb)))} examples, so examples cannot be compared there; choose another layer.")
     return torch.stack([grams[n].flatten().cpu() for n in names])
 
 def _batches(dl, n):
@@ -522,7 +522,7 @@ def layer_similarity(
     Raises `ValueError` where no batch has four examples, or a layer does not put out one row for each example."""
     if isinstance(layers, dict): layers = list(layers), list(layers.values())
     total = None
-    with looking_at(student, teacher), _rewound(dl):
+    with undisturbed(student, teacher), _rewound(dl):
         for xb in _batches(dl, n_batches):
             n = len(first_tensor(tuplify(xb)))
             if n < 4: continue

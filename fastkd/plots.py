@@ -10,6 +10,10 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from fastcore.basics import patch
+from fastai.basics import to_device
+from .callback import KnowledgeDistillationCallback
+from .layers import FeatureHooks, evaluating
 
 # %% auto #0
 __all__ = ['plot_losses', 'plot_temperature', 'plot_similarity', 'attention_images', 'show_attention']
@@ -25,30 +29,28 @@ def _smoothed(values, beta):
 
 # %% ../nbs/04_plots.ipynb #88dfad4a
 def plot_losses(
-    curves:dict, # `{'train': {term: one value per batch}, 'valid': {term: one value per epoch}, 'steps': batches trained by the end of each epoch}`
+    curves:dict, # `{'train': {term: one value per batch}, 'steps': batches trained by the end of each epoch}`, such as `kd.curves`
     terms:list=None, # Terms to show, by default all
     smooth:float=0.9, # Weight of the past in the training curve; 0 for the raw values
     log:bool=None, # Logarithmic axis? By default where terms differ more than twentyfold
     figsize:tuple=(7,4), # Size of a new figure, in inches
     ax=None # Axes to draw into
 ):
-    "The curve of each term of the loss: a line for training (the raw values faint behind it), dots at the ends of the epochs for validation. Returns the axes. NaN is where a term was not computed."
-    train,valid = curves['train'],curves.get('valid', {})
-    terms = list(dict.fromkeys([*train, *valid])) if terms is None else list(terms)
-    unknown = [t for t in terms if t not in train and t not in valid]
-    if unknown: raise ValueError(f"There is no curve {unknown[0]!r}, but {', '.join(map(repr, dict.fromkeys([*train, *valid])))}.")
+    "The curve of each term: its smoothed value, with the raw values faint behind it. Returns the axes. NaN is where a term was not computed."
+    train = curves['train']
+    terms = list(train) if terms is None else list(terms)
+    unknown = [t for t in terms if t not in train]
+    if unknown: raise ValueError(f"There is no curve {unknown[0]!r}; the curves are {', '.join(map(repr, train))}.")
     if ax is None: ax = plt.subplots(figsize=figsize)[1]
     means,least = [],math.inf
     for i,term in enumerate(terms):
-        color,raw,steps = f'C{i%10}',np.array(train.get(term, []), dtype=float),curves.get('steps', [])
-        epochs = np.array(valid.get(term, []), dtype=float)[:len(steps)]
-        for v in (raw[np.isfinite(raw)], epochs[np.isfinite(epochs)]):
-            if len(v): means,least = means + [v.mean()],min(least, v.min())
-        x,line = np.arange(1, len(raw)+1),_smoothed(raw, smooth)
-        if np.isfinite(raw).any():
-            if smooth: ax.plot(x, raw, color=color, alpha=0.2, lw=0.8)
-            ax.plot(x, line, color=color, label=f'{term}, training')
-        if np.isfinite(epochs).any(): ax.plot(steps[:len(epochs)], epochs, color=color, ls=':', marker='o', ms=4, label=f'{term}, validation')
+        color,raw = f'C{i%10}',np.array(train[term], dtype=float)
+        finite = raw[np.isfinite(raw)]
+        if not len(finite): continue
+        means,least = means + [finite.mean()],min(least, finite.min())
+        x = np.arange(1, len(raw)+1)
+        if smooth: ax.plot(x, raw, color=color, alpha=0.2, lw=0.8)
+        ax.plot(x, _smoothed(raw, smooth), color=color, label=term)
     if log is None: log = 0 < least < math.inf and max(means) > 20*min(means)
     if log: ax.set_yscale('log')
     ax.set(xlabel='training batches', ylabel='loss')
@@ -179,3 +181,33 @@ def show_attention(
 def _tail(name, most=14):
     "`name`, or its end where it is long"
     return name if len(name) <= most else '…' + name[1-most:]
+
+# %% ../nbs/04_plots.ipynb #ddf6bce1
+_plot_losses,_show_attention = plot_losses,show_attention  # `@patch` leaves these names as they are
+
+@patch
+def plot_losses(self:KnowledgeDistillationCallback, **kwargs):
+    "Plot the curve of each term of the last fit; `kwargs` go to `fastkd.plots.plot_losses`."
+    if not self.curves: raise ValueError("There has been no fit yet, so there are no curves.")
+    return _plot_losses(self.curves, **kwargs)
+
+# %% ../nbs/04_plots.ipynb #2cd52e09
+@patch
+def show_attention(self:KnowledgeDistillationCallback,
+    n:int=4, # Number of images
+    dl=None, # A `DataLoader` with the images; the validation set by default
+    **kwargs
+):
+    "Show where the student and the teacher of the last fit look, for each pair of layers; `kwargs` go to `fastkd.plots.show_attention`."
+    learn = self.learn or (self.result and self.result.learn())
+    if learn is None or not self.pairs: raise ValueError("There is nothing to show before a fit with a loss that compares activations.")
+    dl = dl or learn.dls.valid
+    xb = tuple(x[:n] for x in dl.one_batch()[:learn.dls.n_inp])
+    device = next(learn.model.parameters()).device
+    inputs,names = to_device(xb, device),[list(dict.fromkeys(o)) for o in zip(*self.pairs)]
+    hooks = FeatureHooks(learn.model, names[0], 'student', inputs)
+    with torch.no_grad(), evaluating(learn.model), self.teacher.on(device):
+        hooks.run(*inputs)
+        acts = hooks.collect(),self.teacher.run(*inputs, layers=names[1], logits=False).activations
+    maps = [[attention_images(a[pair[i]]).cpu() for pair in self.pairs] for i,a in enumerate(acts)]
+    return _show_attention(dl.decode(xb)[0], *maps, pairs=self.pairs, **kwargs)

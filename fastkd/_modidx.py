@@ -195,8 +195,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'fastkd/feature_losses.py'),
                                        'fastkd.feature_losses.TrainedFeatureLoss.forward': ( 'feature_losses.html#trainedfeatureloss.forward',
                                                                                              'fastkd/feature_losses.py'),
-                                       'fastkd.feature_losses.TrainedFeatureLoss.has_parameters': ( 'feature_losses.html#trainedfeatureloss.has_parameters',
-                                                                                                    'fastkd/feature_losses.py'),
                                        'fastkd.feature_losses.TrainedFeatureLoss.make_parts': ( 'feature_losses.html#trainedfeatureloss.make_parts',
                                                                                                 'fastkd/feature_losses.py'),
                                        'fastkd.feature_losses.VID': ('feature_losses.html#vid', 'fastkd/feature_losses.py'),

@@ -248,8 +248,6 @@ class TrainedFeatureLoss(FeatureLoss):
 
     @property
     def built(self): return self.parts is not None
-    @property
-    def has_parameters(self): return True
 
     def build(self, fm_s, fm_t):
         "Make the parameters anew from the shapes of the activations, leaving the random stream as it is"

@@ -66,7 +66,7 @@ class KDLoss(nn.Module):
 
     def extra_repr(self): return '' if self.T is None else f'T={self.T}'
 
-# %% ../nbs/00_losses.ipynb #1d9c8f29
+# %% ../nbs/00_losses.ipynb #3f645e2c
 @patch
 def __call__(self:KDLoss, *args, **kwargs):
     "The loss of a batch"
@@ -77,7 +77,7 @@ def __call__(self:KDLoss, *args, **kwargs):
     if not torch.is_autocast_enabled(device): return nn.Module.__call__(self, **kwargs)
     with torch.autocast(device, enabled=False): return nn.Module.__call__(self, **kwargs)
 
-# %% ../nbs/00_losses.ipynb #064f6125
+# %% ../nbs/00_losses.ipynb #21368e69
 @patch(as_prop=True)
 def name(self:KDLoss): return type(self).__name__
 
@@ -90,7 +90,7 @@ def needs(self:KDLoss) -> list:
     named = [o for o in loss_inputs if o in self.arguments]
     return list(loss_inputs) if not named and any(p.kind is p.VAR_KEYWORD for p in self.arguments.values()) else named
 
-# %% ../nbs/00_losses.ipynb #32f086d1
+# %% ../nbs/00_losses.ipynb #9f9f7ea6
 @patch(as_prop=True)
 def needs_logits(self:KDLoss): return 'teacher_pred' in self.needs
 
@@ -100,9 +100,9 @@ def needs_features(self:KDLoss): return 'fm_s' in self.needs or 'fm_t' in self.n
 @patch(as_prop=True)
 def needs_labels(self:KDLoss): return 'target' in self.arguments and self.arguments['target'].default is Parameter.empty
 
-# %% ../nbs/00_losses.ipynb #d8e4ff0f
+# %% ../nbs/00_losses.ipynb #5a938cd7
 @patch(as_prop=True)
-def has_parameters(self:KDLoss): return next(self.parameters(), None) is not None
+def has_parameters(self:KDLoss): return next(self.parameters(), None) is not None or type(self).build is not KDLoss.build
 
 @patch
 def build(self:KDLoss, fm_s, fm_t):
@@ -159,7 +159,7 @@ def logit_rows(
     keep = target != ignore_index
     return (s,t,target) if keep.all() else (s[keep],t[keep],target[keep])
 
-# %% ../nbs/00_losses.ipynb #fd2b85d3
+# %% ../nbs/00_losses.ipynb #5fd9b1b4
 @patch
 def rows(self:KDLoss, pred, teacher_pred, target=None, axis=-1, ignore_index=None):
     "`logit_rows` of a batch. Raises `ValueError` for fewer classes than the loss can compare."
@@ -173,7 +173,7 @@ def _row_mean(x):
     "Mean of the losses `x` of rows, 0 where every row was left out"
     return x.mean() if len(x) else x.sum()
 
-# %% ../nbs/00_losses.ipynb #896c2532
+# %% ../nbs/00_losses.ipynb #59d6680c
 def mean_logits(
     logits:list, # One tensor of logits for each model, all of one shape
     T:float|None=1., # Temperature at which probabilities are averaged; `None` for the plain mean
@@ -187,7 +187,7 @@ def mean_logits(
     log_p = (z/T).log_softmax(axis if axis < 0 else axis+1)  # the models are the first dimension
     return T*(log_p.logsumexp(0) - math.log(len(logits)))
 
-# %% ../nbs/00_losses.ipynb #f601091f
+# %% ../nbs/00_losses.ipynb #ffff6b6d
 @patch
 def average(self:KDLoss,
     logits:list, # One tensor of logits for each teacher
@@ -200,7 +200,7 @@ def average(self:KDLoss,
     if self.ensemble == 'sigmoid': T,axis = T or 1.,None
     return mean_logits(logits, T, axis)
 
-# %% ../nbs/00_losses.ipynb #c62f1028
+# %% ../nbs/00_losses.ipynb #e0daf842
 class FunctionLoss(KDLoss):
     "A function or a foreign module as a `KDLoss`."
     def __init__(self,
@@ -221,7 +221,7 @@ class FunctionLoss(KDLoss):
     def arguments(self): return signature(self.fn.forward if isinstance(self.fn, nn.Module) else self.fn).parameters
     def forward(self, **kwargs): return self.fn(**kwargs)
 
-# %% ../nbs/00_losses.ipynb #f476b92d
+# %% ../nbs/00_losses.ipynb #eb6d1ee9
 def as_loss(
     o # A loss class, an instance, a `partial` of a class, a function or a module
 ) -> KDLoss:

@@ -30,9 +30,9 @@ def test_two_ranks_are_one(tmp_path, loss):
     joined = [items[i] for k in range(0, 12, 4) for i in [*range(k,k+4), *range(12+k,12+k+4)]]
     learn,kd = learner(type(dls).from_dsets(joined, list(dls.valid_ds), bs=8, shuffle=False, num_workers=0, device='cpu'), plain_net(1)),callback(loss)
     params = []
-    kd.after_train = lambda end=kd.after_train: (params.extend(p.detach().clone() for p in kd.own.params), end())
+    watch = Callback(after_train=lambda: params.extend(p.detach().clone() for p in kd.session.loss_params.params))
     torch.manual_seed(3)
-    learn.fit(2, cbs=kd)
+    learn.fit(2, cbs=[kd, watch])
     for rank in (a,b):
         for k,v in weights(learn.model).items(): assert torch.allclose(v, rank['model'][k], rtol=1e-4, atol=1e-6), k
         assert len(params) == len(rank['params']) and all(torch.allclose(p, q, rtol=1e-4, atol=1e-6) for p,q in zip(params, rank['params']))

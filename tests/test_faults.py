@@ -5,6 +5,7 @@ from fastai.basics import (Callback, CancelBatchException, CancelBackwardExcepti
                            CancelTrainException, CancelValidException, set_seed)
 from fastai.callback.core import _inner_loop, event
 from fastkd.all import *
+from fastkd.session import Session
 from conftest import batches, hooks, learner, net, same, weights
 
 events = [e for e in vars(event) if e.startswith(('before_','after_')) and e != 'after_create' and 'cancel' not in e]
@@ -46,7 +47,7 @@ def check_clean(learn, teacher, kd, before):
     assert all(p.grad is None for p in teacher.parameters())
     assert list(learn.metrics) == [] and learn.loss_func is before['loss_func']
     assert learn.opt is None or [len(o) for o in learn.opt.param_lists] == [len(list(learn.model.parameters()))]
-    if kd.taps is not None: assert not any(t.stored or t.watched or t.hooks for t in kd.taps)
+    assert kd.session is None and not [cb for cb in learn.cbs if isinstance(cb, Session)]
 
 @pytest.mark.parametrize('exc', [*cancels, ValueError, KeyboardInterrupt], ids=lambda e: e.__name__)
 @pytest.mark.parametrize('at', events)
@@ -58,7 +59,7 @@ def test_ended_at_every_event(at, exc, order, fresh):
     try: fit(learn, kd, Raise(at, exc, order, valid=False))
     except (ValueError, KeyboardInterrupt, *cancels): pass
     check_clean(learn, teacher, kd, before)
-    assert kd.learn is None and kd.taps is None
+    assert kd.learn is None
     # the next fit gives the numbers of a fresh one
     begin_anew(learn)
     fit(learn, kd)

@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from fastkd.losses import Attention, unit
+
 from fastkd.feature_losses import *
-from fastkd.feature_losses import angle_loss, angles, connector, distances, pyramid_loss
+from fastkd.feature_losses import unit, angle_loss, angles, connector, distances, pyramid_loss
 
 torch.set_num_threads(1)
 

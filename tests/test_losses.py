@@ -4,6 +4,7 @@ from torch import nn, tensor
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 from fastkd.losses import *
+from fastkd.feature_losses import Attention, FeatureLoss, attention_map
 from fastkd.losses import mean_softmax_kl, pearson, softmax_kl, standardize_rows
 
 torch.set_num_threads(1)

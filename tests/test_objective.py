@@ -4,8 +4,9 @@ import torch.nn.functional as F
 from torch import nn
 from fastai.basics import Callback, CancelEpochException
 from fastai.callback.schedule import SchedCos, SchedLin, combine_scheds
-from fastai.metrics import accuracy
+from fastai.metrics import Perplexity, accuracy
 from fastkd.all import *
+from fastkd.losses import mean_logits
 from conftest import batches, learner, net, weights
 
 @pytest.fixture(autouse=True)
@@ -77,11 +78,11 @@ def test_two_losses_two_weights():
     close(weights(theirs), weights(mine))
     assert list(kd.curves['train']) == ['label_loss','soft_target_loss','logits_loss']
 
-def test_one_weight_weighs_the_sum_of_the_losses():
+def test_one_weight_is_shared_by_the_losses():
     dls,mine,theirs,teacher = pair()
     def objective(x, y, _):
         z,z_t = theirs(x),teacher(x).detach()
-        return .4*F.cross_entropy(z, y) + .6*(soft(z, z_t, 5) + F.mse_loss(z, z_t))
+        return .4*F.cross_entropy(z, y) + .3*(soft(z, z_t, 5) + F.mse_loss(z, z_t))
     hand_loop(dls, theirs, objective, 3)
     learner(dls, mine).fit(1, cbs=KnowledgeDistillationCallback(teacher, [SoftTarget,Logits], weight=.6))
     close(weights(theirs), weights(mine))
@@ -128,11 +129,22 @@ def test_a_peers_loss_that_walks_both_dicts_works():
 
 def test_paper_weights():
     kd = KnowledgeDistillationCallback(net(), Attention, ['conv1'], ['conv1'], weight='paper')
-    assert kd.weights.at(0) == (1, [1000])
+    assert kd.objective.at(0) == (1, {kd.objective.terms[0]: 1000})
     kd = KnowledgeDistillationCallback(net(), SoftTarget, weight='paper')
-    assert kd.weights.at(0) == (.1, [.9])
-    assert KnowledgeDistillationCallback(net(), SoftTarget(standardize=True), weight="paper").weights.each == [9]
-    assert KnowledgeDistillationCallback(net(), [SoftTarget,Attention], weight='paper', label_weight=1).weights.each == [.9,1000]
+    assert kd.objective.at(0) == (.1, {kd.objective.terms[0]: .9})
+    def each(*args, **kwargs): return [t.weight for t in KnowledgeDistillationCallback(net(), *args, **kwargs).objective.terms]
+    assert each(SoftTarget(standardize=True), weight="paper") == [9]
+    assert each([SoftTarget,Attention], weight='paper', label_weight=1) == [.9,1000]
+
+def test_default_weights():
+    "0.5 for losses on logits, shared by several; the papers' for losses on activations, whose scale is the paper's business"
+    def weights_of(loss, **kwargs):
+        o = KnowledgeDistillationCallback(net(), loss, **kwargs).objective
+        return o.at(0.).label, [t.weight for t in o.terms]
+    assert weights_of(SoftTarget) == (.5, [.5]) and weights_of([SoftTarget,Logits]) == (.5, [.25,.25])
+    assert weights_of(Attention) == (1., [1000.]) and weights_of([SoftTarget,FitNet]) == (.5, [.5,100.])
+    assert weights_of([SoftTarget,Attention], weight='paper') == (.1, [.9,1000.])  # the smallest label weight of the papers
+    assert weights_of(lambda fm_s, fm_t: 0.) == (.5, [.5])  # no paper
 
 class Table:
     "What the learner logs"
@@ -140,45 +152,32 @@ class Table:
     @property
     def head(self): return list(self.learn.recorder.metric_names)
 
-def test_columns_and_means(teacher):
+@pytest.mark.parametrize('loss', [SoftTarget, [SoftTarget,Attention], FitNet], ids=['logits','list','parameters'])
+def test_the_table_is_the_plain_fits_with_a_column_for_each_term(teacher, loss):
     dls = batches(n_valid=12)  # batches of 8 and 4: a mean over rows, not over batches
-    learn = learner(dls, metrics=accuracy)
-    kd = KnowledgeDistillationCallback(teacher, SoftTarget, weight=.3)
+    learn = learner(dls, metrics=[accuracy, Perplexity()])
+    kd = KnowledgeDistillationCallback(teacher, loss)
     learn.fit(2, cbs=kd)
-    assert list(learn.recorder.metric_names) == ['epoch','train_loss','valid_loss','accuracy','label_loss','kd_loss','time']
-    x,y = map(torch.stack, zip(*dls.valid_ds))
-    with torch.no_grad(): z,z_t = learn.model.eval()(x),teacher.eval()(x)
-    label,kd_loss = F.cross_entropy(z, y).item(),soft(z, z_t, 5).item()
-    _,valid,_,label_col,kd_col = learn.recorder.values[-1]
-    assert (label_col,kd_col,valid) == pytest.approx((label, kd_loss, .7*label+.3*kd_loss), rel=1e-4)
-    assert kd.curves['valid']['kd_loss'][-1] == pytest.approx(kd_loss, rel=1e-4)
-    assert [len(c) for c in kd.curves['train'].values()] == [6,6] and kd.curves['steps'] == [3,6]
-    assert learn.recorder.losses[0] == pytest.approx(.7*kd.curves['train']['label_loss'][0] + .3*kd.curves['train']['kd_loss'][0], rel=1e-5)
+    columns = ['soft_target_loss','attention_loss'] if isinstance(loss, list) else ['kd_loss']
+    assert list(learn.recorder.metric_names) == ['epoch','train_loss','valid_loss','accuracy','perplexity',*columns,'time']
+    row = list(learn.recorder.values[-1])
+    assert learn.recorder.losses[0] == pytest.approx(kd.curves['train']['label_loss'][0], rel=1e-5)  # train_loss too
+    assert row[1:4] == pytest.approx(list(learn.validate()), rel=1e-6)  # valid_loss and metrics are the student's own
+    for c,mean in zip(columns, row[4:]): assert mean == pytest.approx(sum(kd.curves['train'][c][3:])/3, rel=1e-5)
+    assert [len(c) for c in kd.curves['train'].values()] == [6]*(len(columns)+1) and kd.curves['steps'] == [3,6]
     learn.fit(1)
-    assert list(learn.recorder.metric_names) == ['epoch','train_loss','valid_loss','accuracy','time'] and len(learn.recorder.values[-1]) == 3
+    assert list(learn.recorder.metric_names) == ['epoch','train_loss','valid_loss','accuracy','perplexity','time'] and len(learn.recorder.values[-1]) == 4
 
-def test_train_metrics_have_the_terms_too(teacher):
-    learn = learner()
-    learn.recorder.train_metrics = True
-    kd = KnowledgeDistillationCallback(teacher, SoftTarget)
-    learn.fit(1, cbs=kd)
-    names = list(learn.recorder.metric_names)[1:-1]
-    row = dict(zip(names, learn.recorder.values[-1]))
-    for column,curve in kd.curves['train'].items(): assert row[f'train_{column}'] == pytest.approx(sum(curve)/3, rel=1e-4)
-    assert row['valid_kd_loss'] == pytest.approx(kd.curves['valid']['kd_loss'][0])
-
-def test_valid_false_runs_no_teacher_in_validation():
+def test_no_teacher_runs_in_validation():
     calls = []
     def teacher(x): calls.append(len(x)); return torch.zeros(len(x), 3)
-    learn = learner()
-    learn.fit(1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget, valid=False))
+    with pytest.warns(UserWarning, match='does nothing any more'): kd = KnowledgeDistillationCallback(teacher, SoftTarget, valid=True)
+    learner().fit(1, cbs=kd)
     assert calls == [8]*3
-    row = dict(zip(list(learn.recorder.metric_names)[1:], learn.recorder.values[-1]))
-    assert row['label_loss'] == pytest.approx(row['valid_loss']) and math.isnan(row['kd_loss'])
 
 def test_several_losses_of_one_kind_have_columns_of_their_own():
     kd = KnowledgeDistillationCallback(net(), [SoftTarget(T=1),SoftTarget(T=4),lambda pred: pred.sum()], weight=.1)
-    assert [t.column for t in kd.terms] == ['soft_target_loss_1','soft_target_loss_2','kd_loss']
+    assert [t.column for t in kd.objective.terms] == ['soft_target_loss_1','soft_target_loss_2','kd_loss']
 
 def test_ensemble_is_the_mean_at_the_losss_temperature():
     dls,mine,theirs,teacher = pair()
@@ -224,7 +223,7 @@ def test_a_last_batch_of_one_row_does_not_end_the_fit():
     "In validation the last batch is what is left over; RKD compares rows with each other"
     kd = KnowledgeDistillationCallback(net(width=6, seed=7), [RKD,Similarity,PKT], ['conv2'], ['conv2'], weight=.1)
     learner(batches(n_valid=9)).fit(1, cbs=kd)
-    assert all(math.isfinite(c[0]) and c[0] > 0 for c in kd.curves['valid'].values())
+    assert all(math.isfinite(v) and v > 0 for c in kd.curves['train'].values() for v in c)
 
 class Late(KDLoss):
     "A loss whose weight is 0 in the first batch, and which makes its parameters in its own first"
@@ -238,7 +237,7 @@ def test_a_loss_is_trained_while_another_is_not_yet_made():
         dls,mine,_,teacher = pair()
         class Watch(Callback):
             order = 30
-            def after_step(self): steps.append([p.detach().clone() for p in kd.own.params[:2]])
+            def after_step(self): steps.append([p.detach().clone() for p in kd.session.loss_params.params[:2]])
         kd,steps = KnowledgeDistillationCallback(teacher, losses, weight='paper'),[]
         learner(dls, mine).fit(1, cbs=[kd, Watch()])
         seen.append(steps[:2])
@@ -246,20 +245,26 @@ def test_a_loss_is_trained_while_another_is_not_yet_made():
     for alone,joined in zip(*seen):
         for a,b in zip(alone, joined): torch.testing.assert_close(a, b)
 
-class Mine(nn.Module):
+class Mine(KDLoss):
     "A user's loss with parameters that are there from the start"
     paper = (1.,1.)
     def __init__(self): super().__init__(); torch.manual_seed(5); self.map = nn.Linear(3, 3)
     def forward(self, pred, teacher_pred): return F.mse_loss(self.map(pred), teacher_pred)
 
-def test_parameters_that_a_loss_comes_with_are_trained():
+class Foreign(nn.Module):
+    "The same as any module, which knows nothing of fastkd"
+    def __init__(self): super().__init__(); torch.manual_seed(5); self.map = nn.Linear(3, 3)
+    def forward(self, pred, teacher_pred): return F.mse_loss(self.map(pred), teacher_pred)
+
+@pytest.mark.parametrize('make', [Mine, Foreign])
+def test_parameters_that_a_loss_comes_with_are_trained(make):
     dls,mine,theirs,teacher = pair()
-    loss,by_hand = Mine(),Mine()
+    loss,by_hand = make(),make()
     end = []
     class Watch(Callback):
         order = 30
-        def after_train(self): end.extend(p.detach().clone() for p in kd.own.params)
-    kd = KnowledgeDistillationCallback(teacher, loss)
+        def after_train(self): end.extend(p.detach().clone() for p in kd.session.loss_params.params)
+    kd = KnowledgeDistillationCallback(teacher, loss, weight=.5)
     learner(dls, mine).fit(1, cbs=[kd, Watch()])
     for x,y in dls.train:
         z = theirs.train()(x)
@@ -268,7 +273,7 @@ def test_parameters_that_a_loss_comes_with_are_trained():
             for p,g in zip([*theirs.parameters(), *by_hand.parameters()], grads): p -= .1*g
     close(weights(theirs), weights(mine))
     assert all(torch.allclose(a, b) for a,b in zip(end, by_hand.parameters()))
-    assert torch.equal(loss.map.weight, Mine().map.weight)  # the user's object stays as it is
+    assert torch.equal(loss.map.weight, make().map.weight)  # the user's object stays as it is
 
 def test_validating_in_the_middle_of_an_epoch_keeps_the_losses_parameters_in_training():
     sizes = []
@@ -283,15 +288,36 @@ def test_validating_in_the_middle_of_an_epoch_keeps_the_losses_parameters_in_tra
     learn.fit(1, cbs=[KnowledgeDistillationCallback(net(width=6, seed=7), FitNet, ['conv2'], ['conv2']), Peek()])
     assert len(set(sizes)) == 1 and sizes[0] > len(list(learn.model.parameters()))
 
-def test_an_epoch_that_was_cut_short_has_no_validation_means():
+def test_an_epoch_that_was_cut_short_keeps_what_it_trained():
     class Cut(Callback):
         order = 5
         def after_batch(self):
             if self.training and self.epoch == 1: raise CancelEpochException()
     kd = KnowledgeDistillationCallback(net(width=6, seed=7), SoftTarget)
     learner().fit(2, cbs=[kd, Cut()])
-    first,second = kd.curves['valid']['kd_loss']
-    assert first > 0 and math.isnan(second)
+    assert kd.curves['steps'] == [3,4] and all(v > 0 for v in kd.curves['train']['kd_loss'])
+
+def test_the_parameters_of_losses_go_on_in_the_next_fit_of_the_same_student():
+    "`fine_tune` is two fits; FitNet's projections are not made anew in the second"
+    def kd(): return KnowledgeDistillationCallback(net(width=6, seed=7), FitNet, ['conv2'], ['conv2'])
+    class Watch(Callback):
+        order = 1001
+        def before_backward(self): started.append([p.detach().clone() for p in self.learn.knowledge_distillation.session.loss_params.params])
+    def first_step_of(fit):
+        started.clear()
+        fit()
+        return started[0]
+    started,one = [],kd()
+    learn = learner(cbs=[one, Watch()])
+    learn.fit(1)
+    end = {k: v.clone() for k,v in one.state_dict()['losses']['kd_loss'].items()}
+    again = first_step_of(lambda: learn.fit(1))
+    assert all(any(torch.equal(p, v) for v in end.values()) for p in again)
+    anew = first_step_of(lambda: learn.fit(1, reset_opt=True))
+    other = learner(cbs=[kd(), Watch()])
+    for fit in (lambda: learn.fit(1, reset_opt=True), lambda: other.fit(1)):
+        anew = first_step_of(fit)
+        assert not any(torch.equal(p, v) for p in anew for v in one.result.loss_state['losses']['kd_loss'].values() if p.ndim > 1)
 
 def test_lr_find_does_not_use_up_a_state():
     def kd(): return KnowledgeDistillationCallback(net(width=6, seed=7), FitNet, ['conv2'], ['conv2'])
@@ -303,7 +329,7 @@ def test_lr_find_does_not_use_up_a_state():
     started = []
     class Watch(Callback):
         order = 30
-        def before_backward(self): started.append([p.detach().clone() for p in again.own.params])
+        def before_backward(self): started.append([p.detach().clone() for p in again.session.loss_params.params])
     learn.fit(1, cbs=Watch())
     kept = [v for k,v in state['losses']['kd_loss'].items() if 'running' not in k and 'num_batches' not in k]
     assert all(torch.equal(a, b) for a,b in zip(started[0], kept))

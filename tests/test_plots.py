@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest, torch
 from fastkd.callback import KnowledgeDistillationCallback
-from fastkd.losses import Attention, SoftTarget
+from fastkd.feature_losses import Attention
+from fastkd.losses import SoftTarget
 from fastkd.plots import attention_images, plot_losses, plot_similarity, plot_temperature, show_attention
 from conftest import learner, net
 

@@ -29,6 +29,6 @@ if __name__ == '__main__':
     learn,kd = learner(batches(n=24, bs=4, shuffle=False), plain_net(1)),callback(loss)
     torch.manual_seed(3 + 10*rank_distrib())  # a loss's parameters start from the first process's
     params = []
-    watch = Callback(after_train=lambda: params.extend(p.detach().clone() for p in kd.session.loss_params.params))
+    watch = Callback(after_train=lambda cb: params.extend(p.detach().clone() for p in kd.session.loss_params.params))
     with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(2, cbs=[kd, watch])
     torch.save({'model': weights(learn.model), 'params': params, 'row': list(learn.recorder.values[-1]), 'hooks': len(hooks(learn.model))}, f'{out}/rank{rank_distrib()}.pth')

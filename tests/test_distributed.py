@@ -30,7 +30,7 @@ def test_two_ranks_are_one(tmp_path, loss):
     joined = [items[i] for k in range(0, 12, 4) for i in [*range(k,k+4), *range(12+k,12+k+4)]]
     learn,kd = learner(type(dls).from_dsets(joined, list(dls.valid_ds), bs=8, shuffle=False, num_workers=0, device='cpu'), plain_net(1)),callback(loss)
     params = []
-    watch = Callback(after_train=lambda: params.extend(p.detach().clone() for p in kd.session.loss_params.params))
+    watch = Callback(after_train=lambda cb: params.extend(p.detach().clone() for p in kd.session.loss_params.params))
     torch.manual_seed(3)
     learn.fit(2, cbs=[kd, watch])
     for rank in (a,b):

@@ -213,7 +213,7 @@ def test_two_classes_leave_standardised_logits_and_correlations_of_rows_nothing_
     for value in (standardize_rows(s), pearson(s.softmax(-1), t.softmax(-1))):
         torch.testing.assert_close(value.abs(), torch.full_like(value, .5**.5 if value.ndim == 2 else 1.), rtol=1e-5, atol=0)
         assert torch.autograd.grad(value.abs().sum(), s)[0].abs().max() < 1e-4
-    for loss,cure in ((SoftTarget(standardize=True), r'Use `SoftTarget\(\)`'), (DIST(), r'`DIST\(beta=0\)`'), (DecoupledKD(), 'Use `SoftTarget`')):
+    for loss,cure in ((SoftTarget(standardize=True), r'use `SoftTarget\(\)`'), (DIST(), r'`DIST\(beta=0\)`'), (DecoupledKD(), 'use `SoftTarget`')):
         with pytest.raises(ValueError, match=cure): loss(s, t, *([tensor([0,1]*3)] if isinstance(loss, DecoupledKD) else []))
         with pytest.raises(ValueError, match=cure): loss(s.reshape(3,2,2), t.reshape(3,2,2), target=tensor([0,1]*3).reshape(3,2), axis=1)
     columns = torch.stack([torch.corrcoef(torch.stack([a,b]))[0,1] for a,b in zip(s.softmax(-1).T, t.softmax(-1).T)])

@@ -17,18 +17,16 @@ def closed():
     yield
     plt.close('all')
 
-CURVES = {'train': {'label_loss': [3.,2.,1.,1.], 'kd_loss': [math.nan,math.nan,4.,2.]}, 'valid': {'label_loss': [1.5,1.2], 'kd_loss': [math.nan,3.]}, 'steps': [2,4]}
+CURVES = {'train': {'label_loss': [3.,2.,1.,1.], 'kd_loss': [math.nan,math.nan,4.,2.]}, 'steps': [2,4]}
 
 def drawn(ax): return {l.get_label(): l.get_xydata() for l in ax.lines if not l.get_label().startswith('_')}
 
 def test_losses_are_the_curves():
     ax = plot_losses(CURVES, smooth=0)
     lines = drawn(ax)
-    assert list(lines) == ['label_loss, training','label_loss, validation','kd_loss, training','kd_loss, validation']
-    np.testing.assert_array_equal(lines['label_loss, training'], [[1,3],[2,2],[3,1],[4,1]])
-    np.testing.assert_array_equal(lines['label_loss, validation'], [[2,1.5],[4,1.2]])
-    np.testing.assert_array_equal(lines['kd_loss, training'], [[1,math.nan],[2,math.nan],[3,4],[4,2]])
-    np.testing.assert_array_equal(lines['kd_loss, validation'], [[2,math.nan],[4,3]])
+    assert list(lines) == ['label_loss','kd_loss']
+    np.testing.assert_array_equal(lines['label_loss'], [[1,3],[2,2],[3,1],[4,1]])
+    np.testing.assert_array_equal(lines['kd_loss'], [[1,math.nan],[2,math.nan],[3,4],[4,2]])
 
 def test_smoothing_is_the_recorders():
     "fastai's AvgSmoothLoss: beta*old + (1-beta)*new, divided by 1 - beta**count; it skips NaN"
@@ -37,24 +35,24 @@ def test_smoothing_is_the_recorders():
         mean = beta*mean + (1-beta)*v
         want.append(mean/(1-beta**(i+1)))
     lines = drawn(plot_losses(CURVES, smooth=beta))
-    np.testing.assert_allclose(lines['label_loss, training'][:,1], want)
-    np.testing.assert_allclose(lines['kd_loss, training'][2:,1], [4,(beta*4+2)/(beta+1)])
+    np.testing.assert_allclose(lines['label_loss'][:,1], want)
+    np.testing.assert_allclose(lines['kd_loss'][2:,1], [4,(beta*4+2)/(beta+1)])
 
 def test_losses_log_axis_terms_and_axes():
     ax = plt.figure().gca()
     assert plot_losses(CURVES, ax=ax) is ax and ax.get_yscale() == 'linear'
-    wide = {'train': {'a': [1.,1.], 'b': [1000.,900.]}, 'valid': {}, 'steps': [2]}
+    wide = {'train': {'a': [1.,1.], 'b': [1000.,900.]}, 'steps': [2]}
     assert plot_losses(wide).get_yscale() == 'log'
     assert plot_losses(wide, log=False).get_yscale() == 'linear'
-    assert plot_losses({'train': {'a': [1.,1.], 'b': [-1000.,900.]}, 'valid': {}, 'steps': [2]}).get_yscale() == 'linear'
-    assert list(drawn(plot_losses(CURVES, ['kd_loss']))) == ['kd_loss, training','kd_loss, validation']
+    assert plot_losses({'train': {'a': [1.,1.], 'b': [-1000.,900.]}, 'steps': [2]}).get_yscale() == 'linear'
+    assert list(drawn(plot_losses(CURVES, ['kd_loss']))) == ['kd_loss']
     assert tuple(plot_losses(CURVES, figsize=(3,2)).figure.get_size_inches()) == (3,2)
     with pytest.raises(ValueError, match="'label_loss'"): plot_losses(CURVES, ['nothing'])
 
-def test_losses_of_a_fit_without_batches_or_validation():
-    assert not drawn(plot_losses({'train': {}, 'valid': {}, 'steps': []}))
-    assert list(drawn(plot_losses({'train': {'a': [1.]}, 'valid': {'a': [math.nan]}, 'steps': [1]}))) == ['a, training']
-    plot_losses({'train': {'a': [1.,2.,3.]}, 'valid': {'a': []}, 'steps': []})      # stopped in the first epoch
+def test_losses_of_a_fit_without_batches():
+    assert not drawn(plot_losses({'train': {}, 'steps': []}))
+    assert list(drawn(plot_losses({'train': {'a': [1.]}, 'steps': [1]}))) == ['a']
+    plot_losses({'train': {'a': [1.,2.,3.]}, 'steps': []})      # stopped in the first epoch
 
 def test_temperature_is_softmax():
     logits = torch.tensor([3.,1.,-2.], requires_grad=True)
@@ -109,6 +107,6 @@ def test_after_a_fit():
     kd = KnowledgeDistillationCallback(net(width=6, seed=7), [SoftTarget, Attention], ['relu1','relu2'], ['relu1','relu2'])
     learn.fit(2, cbs=kd)
     lines = drawn(kd.plot_losses())
-    assert lines['label_loss, training'].shape == (2*len(learn.dls.train),2) and len(lines['label_loss, validation']) == 2
+    assert lines['label_loss'].shape == (2*len(learn.dls.train),2)
     axs = kd.show_attention(n=2)
     assert axs.shape == (2,5) and axs[0,4].get_title() == 'teacher\nrelu2'

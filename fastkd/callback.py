@@ -9,7 +9,7 @@ from fastcore.basics import patch
 from fastai.basics import L, Learner
 from fastai.callback.core import Callback
 from .layers import unwrap
-from .objective import Objective
+from .objective import Objective, suited_loss
 from .session import Result, Session, as_pairs, autocast_left
 from .teacher import Teacher
 
@@ -25,24 +25,29 @@ class KnowledgeDistillationCallback(Callback):
     order,run_valid = Callback.order-1,False  # in `after_loss` before all that adds to the loss or scales it
     def __init__(self,
         teacher, # A trained model (`nn.Module`), a `Learner`, a callable, a list of these (an ensemble), or a `Teacher`
-        loss, # A loss class, a loss instance, a function, or a list of these
+        loss=None, # A loss class, an instance, a `partial`, a function, or a list of these; left out, the one that suits the learner's loss function
         activations_student:str|list=None, # Names of the student's layers to compare; see `get_model_layers`. Left out, `match_layers` finds pairs
         activations_teacher:str|list=None, # Names of the teacher's layers, paired with the student's in order
         weight:float|list|str=None, # Weight of the distillation term, shared by several losses, or one for each, or 'paper'. Left out: 0.5 for losses on logits, the papers' for losses on activations
         label_weight:float=None, # Weight of the learner's own loss; `None`: what the weights leave of 1, or the papers' (the smallest)
         schedule=None, # An annealer of training progress such as `SchedCos(0, 1)`, multiplied into the terms' weights
+        axis:int=None, # The class axis of the logits, if the loss function and the labels do not tell
+        ignore_index:int=None, # The label to leave out, if the loss function does not tell
         valid=None # Does nothing; validation is always the student's own
     ):
         if valid is not None: warnings.warn("`valid` does nothing any more: in validation the loss and the metrics are always the student's own.")
         self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
-        self.objective,self.named_pairs = Objective(loss, weight, label_weight, schedule),as_pairs(activations_student, activations_teacher)
+        self.weights = dict(weight=weight, label_weight=label_weight, schedule=schedule)
+        self.objective = None if loss is None else Objective(loss, **self.weights)
+        self.named_pairs,self.said = as_pairs(activations_student, activations_teacher),dict(axis=axis, ignore_index=ignore_index)
         self.session,self.result,self.loaded = None,None,None
 
     def before_fit(self):
         "Open a session; `tta` and `with learn` send this event too, also inside a fit"
         if self.learn.lock.locked(): return  # `validate` and `get_preds`
         if self.session is None:
-            self.session = Session(self.teacher, self.objective, self.named_pairs, self.loss_state)
+            objective = self.objective or Objective(suited_loss(self.learn.loss_func), **self.weights)
+            self.session = Session(self.teacher, objective, self.named_pairs, **self.said, loss_state=self.loss_state)
             self.session.open(self.learn)
         self.session.depth += 1
 
@@ -64,12 +69,12 @@ class KnowledgeDistillationCallback(Callback):
         "Take back all that a fit changed, however it ended"
         if self.session is None: return
         try:
-            if self.session.checked and not self.session.is_lr_find: self.result,self.loaded = Result(self.session),None
+            if self.session.task is not None and not self.session.is_lr_find: self.result,self.loaded = Result(self.session),None
         finally:
             self.session.close()
             self.session = None
 
-# %% ../nbs/03_callback.ipynb #fd9d9bfb
+# %% ../nbs/03_callback.ipynb #55489180
 @patch(as_prop=True)
 def curves(self:KnowledgeDistillationCallback) -> dict:
     "`{'train': {term: a value for each batch}, 'steps': batches trained by the end of each epoch}`; empty before the first fit."
@@ -82,7 +87,13 @@ def pairs(self:KnowledgeDistillationCallback) -> list:
     if self.session is not None: return self.session.all_pairs
     return (self.named_pairs or []) if self.result is None else self.result.pairs
 
-# %% ../nbs/03_callback.ipynb #41b606fe
+# %% ../nbs/03_callback.ipynb #fdbc46c5
+@patch
+def __repr__(self:KnowledgeDistillationCallback):
+    if self.session is not None and self.session.task is not None: return self.session.describe()
+    return f"Distilling from {self.teacher}: {self.objective or 'the loss that suits the learner'}" if self.result is None else self.result.description
+
+# %% ../nbs/03_callback.ipynb #d214f4b7
 @patch(as_prop=True)
 def loss_state(self:KnowledgeDistillationCallback) -> dict:
     "What the parameters of losses start from: what was loaded, else where the last fit of the same student left them"
@@ -118,7 +129,7 @@ def fit(self:Learner, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, star
 
 Learner.fit = fit
 
-# %% ../nbs/03_callback.ipynb #3978fb7c
+# %% ../nbs/03_callback.ipynb #0de2d6b8
 _export = Learner.export
 
 @functools.wraps(_export)

@@ -102,6 +102,7 @@ class FeatureHooks:
         for n,l in self.layers.items():
             twin = next((o for o,k in self.layers.items() if o != n and k is l), None)
             if twin is not None: raise ValueError(f"Layers {n!r} and {twin!r} of the {role} are one and the same module, so what they put out cannot be told apart; name one of them.")
+        self.ungraphed = set()  # layers that ran with gradients turned off
         self.hooks,self.untouched,self.once,self.eager,self.compiled = [],set(),False,None,_compiled(model)
         self.clear()
 
@@ -124,6 +125,7 @@ class FeatureHooks:
         act,key = first_tensor(output),(name, layer.training)
         if act is None: raise TypeError(f"Layer {name!r} of the {self.role} puts out no tensor but {type(output).__name__}; choose another layer.")
         self.watched.append((key, act, act._version))
+        if not torch.is_grad_enabled(): self.ungraphed.add(name)
         self.stored[name] = act if key in self.untouched else act.clone()
         self.calls += 1
         if self.stop and self.calls == len(self.layers): raise _Stop
@@ -161,7 +163,7 @@ def evaluating(
 ):
     "Within the block every module of `model` is in eval mode; afterwards each is in its own again."
     # the flag itself and not `eval()`: some models do more than switch a flag there (merge or fold weights)
-    trained = [m for m in model.modules() if m.training] if isinstance(model, nn.Module) else []
+    trained = [m for m in model.modules() if getattr(m, 'training', False)] if isinstance(model, nn.Module) else []
     for m in trained: m.training = False
     try: yield
     finally:

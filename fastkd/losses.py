@@ -57,6 +57,7 @@ class KDLoss(nn.Module):
     ensemble:str = 'softmax'   # what is averaged over several teachers: probabilities of classes ('softmax'), of yes and no ('sigmoid'), or the logits (`None`)
     min_classes:int = 1        # the least number of classes that it can compare ...
     too_few:str = ''           # ... and why, and what to use instead
+    compares:str = None        # 'classes' for probabilities of classes, 'maps' for places in the map of each class: those need to know the class axis
     layers = None              # its own pairs of layers, `{student: teacher}`; `None` for those of the callback
     methods:dict = None        # names in comparisons and their settings; by default the class name in lower case, at the paper's weights
 
@@ -66,7 +67,7 @@ class KDLoss(nn.Module):
 
     def extra_repr(self): return '' if self.T is None else f'T={self.T}'
 
-# %% ../nbs/00_losses.ipynb #3f645e2c
+# %% ../nbs/00_losses.ipynb #88bd045d
 @patch
 def __call__(self:KDLoss, *args, **kwargs):
     "The loss of a batch"
@@ -77,7 +78,7 @@ def __call__(self:KDLoss, *args, **kwargs):
     if not torch.is_autocast_enabled(device): return nn.Module.__call__(self, **kwargs)
     with torch.autocast(device, enabled=False): return nn.Module.__call__(self, **kwargs)
 
-# %% ../nbs/00_losses.ipynb #21368e69
+# %% ../nbs/00_losses.ipynb #518a011b
 @patch(as_prop=True)
 def name(self:KDLoss): return type(self).__name__
 
@@ -90,7 +91,7 @@ def needs(self:KDLoss) -> list:
     named = [o for o in loss_inputs if o in self.arguments]
     return list(loss_inputs) if not named and any(p.kind is p.VAR_KEYWORD for p in self.arguments.values()) else named
 
-# %% ../nbs/00_losses.ipynb #9f9f7ea6
+# %% ../nbs/00_losses.ipynb #759c8409
 @patch(as_prop=True)
 def needs_logits(self:KDLoss): return 'teacher_pred' in self.needs
 
@@ -100,7 +101,7 @@ def needs_features(self:KDLoss): return 'fm_s' in self.needs or 'fm_t' in self.n
 @patch(as_prop=True)
 def needs_labels(self:KDLoss): return 'target' in self.arguments and self.arguments['target'].default is Parameter.empty
 
-# %% ../nbs/00_losses.ipynb #5a938cd7
+# %% ../nbs/00_losses.ipynb #3d9ef82c
 @patch(as_prop=True)
 def has_parameters(self:KDLoss): return next(self.parameters(), None) is not None or type(self).build is not KDLoss.build
 
@@ -159,7 +160,7 @@ def logit_rows(
     keep = target != ignore_index
     return (s,t,target) if keep.all() else (s[keep],t[keep],target[keep])
 
-# %% ../nbs/00_losses.ipynb #5fd9b1b4
+# %% ../nbs/00_losses.ipynb #60c48219
 @patch
 def rows(self:KDLoss, pred, teacher_pred, target=None, axis=-1, ignore_index=None):
     "`logit_rows` of a batch. Raises `ValueError` for fewer classes than the loss can compare."
@@ -173,7 +174,7 @@ def _row_mean(x):
     "Mean of the losses `x` of rows, 0 where every row was left out"
     return x.mean() if len(x) else x.sum()
 
-# %% ../nbs/00_losses.ipynb #59d6680c
+# %% ../nbs/00_losses.ipynb #ea8c96f7
 def mean_logits(
     logits:list, # One tensor of logits for each model, all of one shape
     T:float|None=1., # Temperature at which probabilities are averaged; `None` for the plain mean
@@ -187,7 +188,7 @@ def mean_logits(
     log_p = (z/T).log_softmax(axis if axis < 0 else axis+1)  # the models are the first dimension
     return T*(log_p.logsumexp(0) - math.log(len(logits)))
 
-# %% ../nbs/00_losses.ipynb #ffff6b6d
+# %% ../nbs/00_losses.ipynb #cfc30ac6
 @patch
 def average(self:KDLoss,
     logits:list, # One tensor of logits for each teacher
@@ -200,7 +201,7 @@ def average(self:KDLoss,
     if self.ensemble == 'sigmoid': T,axis = T or 1.,None
     return mean_logits(logits, T, axis)
 
-# %% ../nbs/00_losses.ipynb #e0daf842
+# %% ../nbs/00_losses.ipynb #31d39ffc
 class FunctionLoss(KDLoss):
     "A function or a foreign module as a `KDLoss`."
     def __init__(self,
@@ -216,12 +217,14 @@ class FunctionLoss(KDLoss):
                             "wrap it, e.g. `lambda pred, teacher_pred: F.mse_loss(pred, teacher_pred)`.")
 
     @property
+    def needs_labels(self): return 'target' in self.needs
+    @property
     def name(self): return getattr(self.fn, '__name__', type(self.fn).__name__)
     @property
     def arguments(self): return signature(self.fn.forward if isinstance(self.fn, nn.Module) else self.fn).parameters
     def forward(self, **kwargs): return self.fn(**kwargs)
 
-# %% ../nbs/00_losses.ipynb #eb6d1ee9
+# %% ../nbs/00_losses.ipynb #8b8d20b8
 def as_loss(
     o # A loss class, an instance, a `partial` of a class, a function or a module
 ) -> KDLoss:
@@ -284,6 +287,7 @@ class SoftTarget(KDLoss):
     With `standardize`, each row of logits is first z-scored: `(z - mean)/(1e-7 + std)`.
     Raises `ValueError` for logits of one column, with `standardize` of two, and of different shapes.
     Hinton et al. 2015, "Distilling the knowledge in a neural network"; Sun et al., CVPR 2024, "Logit standardization in knowledge distillation"."""
+    compares = 'classes'
     paper,min_classes = (0.1, 0.9),2
     too_few = "The softmax of a single column is always 1: use `BinarySoftTarget` for a yes/no output, `Logits` for a regression."
     methods = {'soft': dict(weight=0.5), 'soft-paper': dict(T=4), 'standardized': dict(T=2, standardize=True)}
@@ -357,6 +361,7 @@ class DecoupledKD(KDLoss):
     Needs class indices; positions labelled `ignore_index` are left out. Raises `ValueError` for labels that are no indices, and for fewer than three classes.
     Published with a weight that grows over the first 20 epochs, and `alpha=1, beta=8, T=4` on CIFAR-100.
     Zhao et al., CVPR 2022, "Decoupled knowledge distillation"; computed in log space, where the authors' code gives inf for a very sure student."""
+    compares = 'classes'
     paper,warmup_epochs,min_classes = (1., 1.),20,3
     too_few = "With a single class beside the right one, the part that this loss adds is always 0: use `SoftTarget`."
     methods = {'dkd': dict(schedule='warmup')}
@@ -383,6 +388,7 @@ class NormalizedKD(KDLoss):
 
     Needs class indices; positions labelled `ignore_index` are left out. Raises `ValueError` for labels that are no indices, and for a single class.
     Yang et al., ICCV 2023, "From knowledge distillation to self-knowledge distillation"."""
+    compares = 'classes'
     paper,min_classes = (1., 1.),2
     too_few = "Use `BinarySoftTarget` for a yes/no output, `Logits` for a regression."
     methods = {'nkd': {}}
@@ -421,6 +427,7 @@ class DIST(KDLoss):
     Rows are positions, those labelled `ignore_index` left out; columns are classes. In a batch of one row the columns have no correlation, which counts as 0.
     Raises `ValueError` for logits of one column, and of two unless `beta` is 0.
     Huang et al., NeurIPS 2022, "Knowledge distillation from a stronger teacher"."""
+    compares = 'classes'
     paper,min_classes = (1., 2.),3
     too_few = "The probabilities of two classes have a correlation of 1 or -1, a step without a gradient: use `DIST(beta=0)`, which compares the images of each class only, or `SoftTarget`."
     def __init__(self,
@@ -473,6 +480,7 @@ class ChannelWise(KDLoss):
 
     Logits `(B, C, H, W)` with `axis=1`, or with the classes on any other `axis`. Raises `ValueError` where there is no axis of space.
     Shu et al., ICCV 2021, "Channel-wise knowledge distillation for dense prediction"."""
+    compares = 'maps'
     paper,ensemble = (1., 3.),None
     def __init__(self,
         T=1., # Temperature, or a function of training progress

@@ -4,22 +4,28 @@
 
 # %% ../nbs/02_teacher.ipynb #7ff842f3
 from __future__ import annotations
-import hashlib, re, zlib
+import hashlib, inspect, re, warnings, zlib
 from collections import namedtuple
+from collections.abc import Mapping
 from copy import deepcopy
 from contextlib import contextmanager, ExitStack
+from functools import partial
+import numpy as np
 import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
 from fastai.basics import L, Learner, apply, find_device, noop, tuplify
+from fastai.data.transforms import Normalize
 from .cache import LogitsCache, row_keys
 from .layers import FeatureHooks, evaluating, first_tensor
 from .losses import mean_logits
 
 # %% auto #0
-__all__ = ['TeacherOutput', 'logits_of', 'architecture', 'digest', 'copy_of', 'Teacher']
+__all__ = ['TeacherOutput', 'Knowledge', 'logits_of', 'has_several', 'makes_models', 'knowledge_of', 'class_positions',
+           'architecture', 'digest', 'copy_of', 'Teacher', 'normalization_between', 'own_dtype', 'eval_when_called',
+           'at_rest', 'described']
 
-# %% ../nbs/02_teacher.ipynb #6fb4c282
+# %% ../nbs/02_teacher.ipynb #8af846f0
 #: what a teacher says of a batch: `logits`, a tensor for each model, and `activations`, a dictionary from layer name to tensor
 TeacherOutput = namedtuple('TeacherOutput', 'logits activations')
 
@@ -28,17 +34,64 @@ def logits_of(
     output # The output of a model
 ) -> Tensor:
     "The logits in a model's output: its `logits` if it has them, else its first tensor. Raises `TypeError` if there is no tensor."
-    logits = first_tensor(getattr(output, 'logits', output))
-    if logits is None: raise TypeError(f"A model returned {type(output).__name__}, which contains no tensor to take as logits.")
-    return logits
+    if isinstance(output, nn.Module): raise TypeError(f"The teacher returned a model ({type(output).__name__}): it is a function that makes a model, so call it.")
+    found = output.get('logits', output) if isinstance(output, Mapping) else getattr(output, 'logits', output)
+    if isinstance(found, np.ndarray): found = torch.from_numpy(np.ascontiguousarray(found))
+    logits = first_tensor(found)
+    if logits is None: raise TypeError(f"A model returned {type(output).__name__}, which contains no tensor to take as logits; map it with `Teacher(outputs=fn)`.")
+    return logits.clone() if logits.is_inference() else logits  # inference tensors cannot be saved for the student's backward
+
+def has_several(output) -> bool:
+    "Does a model's output hold several tensors, and no `logits` that says which?"
+    if isinstance(output, Tensor) or hasattr(output, 'logits') or (isinstance(output, Mapping) and 'logits' in output): return False
+    values = list(output.values()) if isinstance(output, Mapping) else output if isinstance(output, (tuple,list)) else []
+    return sum(isinstance(o, Tensor) for o in values) > 1
 
 # %% ../nbs/02_teacher.ipynb #8da25f75
 def _model_of(teacher):
     "The model in what a user may pass as a teacher"
     if isinstance(teacher, Learner): return teacher.model
+    if isinstance(teacher, Teacher): raise TypeError(f"A list of teachers holds models, but one of them is a {type(teacher).__name__}: give it alone, or a list of models.")
+    if makes_models(teacher): raise TypeError(f"The teacher {getattr(teacher, '__name__', teacher)!r} is a function that makes a model: call it.")
     if callable(teacher) and not isinstance(teacher, type): return teacher
     got = f"the class {teacher.__name__}" if isinstance(teacher, type) else f"{type(teacher).__name__} ({teacher!r})"
     raise TypeError(f"A teacher is a trained model (an `nn.Module`), a `Learner`, a callable from inputs to logits, or a list of these, got {got}.")
+
+# %% ../nbs/02_teacher.ipynb #e1ca5bd7
+def makes_models(
+    f # What was given as a teacher
+) -> bool:
+    "Is `f` a function such as torchvision's `resnet34`, which makes a model and computes no logits?"
+    return inspect.isfunction(f) and bool({'weights','pretrained'} & set(inspect.signature(f).parameters))
+
+# %% ../nbs/02_teacher.ipynb #cfdbee31
+#: what a teacher's `Learner` knows: `classes` and `words` (lists), `normalize` (mean and std of each channel; `()` for none); `None` for what is not known
+Knowledge = namedtuple('Knowledge', 'classes words normalize', defaults=(None,None,None))
+
+def knowledge_of(
+    dls # `DataLoaders`, or `None`
+) -> Knowledge:
+    "What `dls` say of classes, words and normalization."
+    vocab = getattr(dls, 'vocab', None) if dls is not None else None
+    vocab = None if vocab is None else [list(o) if not isinstance(o, str) and hasattr(o, '__len__') else o for o in vocab]
+    text = vocab is not None and len(vocab) == 2 and all(isinstance(o, list) for o in vocab)  # fastai's text: words, then classes
+    classes,words = (vocab[1],vocab[0]) if text else (vocab,None)
+    norm = next((f for f in getattr(getattr(dls, 'after_batch', None), 'fs', []) if isinstance(f, Normalize)), None)
+    mean_std = () if norm is None or norm.mean is None else tuple(torch.as_tensor(o).flatten().tolist() for o in (norm.mean,norm.std))
+    return Knowledge(classes, words, mean_std if dls is not None else None)
+
+# %% ../nbs/02_teacher.ipynb #ae9b7b0d
+def class_positions(
+    student:list, # Classes of the student, in the order of its logits
+    teacher:list # Classes of the teacher
+) -> list|None:
+    "For each class of the student its position among the teacher's, `None` if they agree. Raises `ValueError` for a class that the teacher does not know."
+    if student == teacher or student is None or teacher is None: return None
+    unknown = [c for c in student if c not in teacher]
+    if unknown:
+        raise ValueError(f"The teacher does not know {'the class' if len(unknown) == 1 else 'the classes'} {', '.join(map(repr, unknown[:5]))}; its classes are {teacher[:10]}. "
+            "Use a teacher that was trained on them, or a loss on activations such as `Attention`.")
+    return [teacher.index(c) for c in student]
 
 # %% ../nbs/02_teacher.ipynb #b129ad85
 def architecture(
@@ -47,7 +100,7 @@ def architecture(
     "The layers of `model` as text that is the same in every process: without the addresses of functions in it."
     return re.sub(' at 0x[0-9a-f]+', '', str(model))
 
-# %% ../nbs/02_teacher.ipynb #5293b739
+# %% ../nbs/02_teacher.ipynb #88c861ec
 def digest(
     models, # Modules
     *settings # What else decides their outputs
@@ -62,15 +115,13 @@ def digest(
                 if isinstance(t, Tensor): h.update(f'{name} {tuple(t.shape)} {t.dtype} {row_keys(t.reshape(1,-1)).item() if t.numel() else 0}'.encode())
     return h.hexdigest()
 
-# %% ../nbs/02_teacher.ipynb #92fe3dea
+# %% ../nbs/02_teacher.ipynb #f7e4bf5e
 def copy_of(
     model # A model
 ) -> nn.Module:
     "A copy of `model`; what it computes from its weights (`WeightDropout`, `weight_norm`) is copied without the graph, which `deepcopy` refuses."
     computed = {id(t): t.detach().clone() for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and t.grad_fn is not None}
     return deepcopy(model, computed)
-
-def _own_inputs(xb): return apply(lambda t: t.clone() if isinstance(t, Tensor) else t, xb)
 
 # %% ../nbs/02_teacher.ipynb #3205c842
 class Teacher:
@@ -82,18 +133,26 @@ class Teacher:
         dtype:torch.dtype=None, # Run copies of the models in `torch.bfloat16` or `torch.float16`
         channels_last:bool=False, # Give them images in channels-last layout?
         compile:bool=False, # Compile them? Where activations are needed they run uncompiled
-        inputs=None, # Maps the student's inputs `(*xb)` to the teacher's: another normalization or size
+        inputs=None, # Maps the student's inputs `(*xb)` to the teacher's, e.g. to another size
+        outputs=None, # Maps a model's output to its logits, e.g. to pick one of several
+        vocab:list=None, # The teacher's classes in the order of its logits; of a `Learner` they are known
+        normalize:tuple=None, # `(mean, std)` of the images that the teacher was trained on, a number for each channel; of a `Learner` they are known
+        probs:bool=False, # Are its outputs probabilities and not logits?
         cache=None, # Keep the logits: `True` in memory, or in the folder of this name; for data where an item always gives the same input
         topk:int=None # With `cache`: keep the `topk` largest logits and the mass of the rest
     ):
-        self.models = [_model_of(m) for m in (models if isinstance(models, (list,tuple,L)) else [models])]
+        given = models if isinstance(models, (list,tuple,L)) else [models]
+        self.models,self.learners = [_model_of(m) for m in given],[m if isinstance(m, Learner) else None for m in given]
         if not self.models: raise TypeError("The list of teachers is empty.")
-        self.dtype,self.channels_last,self.compile,self.inputs = dtype,channels_last,compile,inputs
+        self.dtype,self.channels_last,self.compile,self.inputs,self.outputs = dtype,channels_last,compile,inputs,outputs
+        self.vocab,self.normalize,self.probs = vocab,normalize,probs
         self.cache = self._new_cache(cache, topk)
-        # while open: the models as they run, how they are called, the hooks for each set of layers, and what must be moved back
-        self.running,self.calls,self.hooks,self.moved = None,None,{},[]
+        # while open: the models as they run, their dtypes, how they are called, the hooks for each set of layers, and what must be moved back
+        self.running,self.dtypes,self.calls,self.hooks,self.moved = None,None,None,{},[]
+        # for the student's data: positions of its classes among each model's, and how each model's inputs are normalized anew
+        self.positions,self.renormalize = [None]*len(given),[None]*len(given)
 
-# %% ../nbs/02_teacher.ipynb #b6872f27
+# %% ../nbs/02_teacher.ipynb #737950d2
 @patch
 def _new_cache(self:Teacher, cache, topk):
     if not cache:
@@ -105,19 +164,83 @@ def _new_cache(self:Teacher, cache, topk):
         raise ValueError("A cache in a folder knows its teacher by its weights, which a function does not show: use `cache=True`, or an `nn.Module`.")
     return LogitsCache(None if cache is True else cache, topk)
 
-# %% ../nbs/02_teacher.ipynb #88448dcd
+# %% ../nbs/02_teacher.ipynb #16260490
+@patch
+def knowledge(self:Teacher, i:int) -> Knowledge:
+    "What is known of model `i`: what the user says, else what its `Learner` does"
+    learner = self.learners[i]
+    known = knowledge_of(learner.dls if learner is not None else None)
+    return known._replace(classes=known.classes if self.vocab is None else list(self.vocab), normalize=known.normalize if self.normalize is None else self.normalize)
+
+@patch
+def adapt(self:Teacher,
+    dls # The student's `DataLoaders`
+) -> list:
+    "Map the student's classes and normalization to each model's; returns what was done, in words. Raises `ValueError` for classes or words that the teacher does not know, and for weights that are not there."
+    if any(isinstance(m, nn.Module) and any(p.is_meta for p in m.parameters()) for m in self.models):
+        raise ValueError("The teacher is on the device 'meta', where it has no weights: load them first.")
+    student,notes = knowledge_of(dls),[]
+    for i in range(len(self.models)):
+        known = self.knowledge(i)
+        if student.words is not None and known.words is not None and student.words != known.words:
+            raise ValueError("Teacher and student have different word vocabularies, so the same number is another word to each: build the student's data with the teacher's, e.g. `TextDataLoaders.from_df(..., text_vocab=teacher.dls.vocab)`.")
+        self.positions[i] = class_positions(student.classes, known.classes)
+        if self.positions[i]: notes.append(f"the teacher's classes ({len(known.classes)}) are mapped to the student's ({len(student.classes)})")
+        self.renormalize[i] = normalization_between(student.normalize, known.normalize)
+        if self.renormalize[i]: notes.append("the teacher's images are normalized as in its own training")
+        self._warn_of_config(self.models[i], student, known)
+    return list(dict.fromkeys(notes))
+
+# %% ../nbs/02_teacher.ipynb #6c8523d8
+def normalization_between(
+    student, # `(mean, std)` of the student's images, `()` for none
+    teacher # The same of the teacher's; `None` if it is not known
+) -> tuple|None:
+    "Factor and summand for each channel that take the student's images to the teacher's; `None` if they agree."
+    if student is None or teacher is None: return None
+    (m,s),(M,S) = [o if len(o) else ([0.],[1.]) for o in (student,teacher)]
+    m,s,M,S = [torch.as_tensor(o, dtype=torch.float64).flatten() for o in (m,s,M,S)]
+    factor,summand = s/S,(m-M)/S
+    return None if torch.allclose(factor, torch.ones_like(factor)) and torch.allclose(summand, torch.zeros_like(summand)) else (factor,summand)
+
+@patch
+def _warn_of_config(self:Teacher, model, student, known):
+    config = getattr(model, 'pretrained_cfg', None)
+    if known.normalize is not None or not isinstance(config, Mapping) or 'mean' not in config or student.normalize is None: return
+    mean,std = config['mean'],config['std']
+    if normalization_between(student.normalize, (mean,std)) is not None:
+        warnings.warn(f"The teacher's configuration names images normalized with mean {tuple(mean)} and std {tuple(std)}, which the student's data are not. If it was trained so, say `Teacher(model, normalize=({tuple(mean)}, {tuple(std)}))`.")
+
+# %% ../nbs/02_teacher.ipynb #8b60416a
 @patch
 def inputs_of(self:Teacher, *xb) -> tuple:
-    "The teacher's inputs for the student's"
-    xb = xb if self.inputs is None else tuplify(self.inputs(*xb))
-    return tuple(self._formatted(x) for x in xb) if self.dtype or self.channels_last else xb
+    "The first model's inputs for the student's"
+    return self._inputs(0, *xb)
 
 @patch
-def _formatted(self:Teacher, x):
-    if not isinstance(x, Tensor) or not x.is_floating_point(): return x
-    return x.to(self.dtype or x.dtype, memory_format=torch.channels_last if self.channels_last and x.ndim == 4 else torch.preserve_format)
+def _inputs(self:Teacher, i, *xb):
+    xb = xb if self.inputs is None else tuplify(self.inputs(*xb))
+    return apply(partial(self._formatted, i), tuple(xb))
 
-# %% ../nbs/02_teacher.ipynb #825a9c55
+@patch
+def _formatted(self:Teacher, i, x):
+    "A copy of an input for model `i`, which may change it in place: normalized, of the model's dtype"
+    if not isinstance(x, Tensor): return x
+    if not x.is_floating_point(): return x.clone()
+    if self.renormalize[i] is not None and x.ndim == 4:
+        factor,summand = [o.to(x)[:,None,None] for o in self.renormalize[i]]
+        x = x*factor + summand
+    dtype = (self.dtypes[i] if self.dtypes else self.dtype or own_dtype(self.models[i])) or x.dtype
+    if dtype == torch.float32 and torch.is_autocast_enabled(x.device.type): dtype = x.dtype
+    return x.to(dtype, memory_format=torch.channels_last if self.channels_last and x.ndim == 4 else torch.preserve_format, copy=True)
+
+# %% ../nbs/02_teacher.ipynb #2671cf1b
+def own_dtype(model) -> torch.dtype|None:
+    "The dtype of a model's floating point parameters, `None` if there are none or several"
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} if isinstance(model, nn.Module) else set()
+    return dtypes.pop() if len(dtypes) == 1 else None
+
+# %% ../nbs/02_teacher.ipynb #1a7fecd7
 @patch
 @torch.no_grad()
 def run(self:Teacher,
@@ -128,7 +251,6 @@ def run(self:Teacher,
     "The logits of each model, in its own shape (none without `logits`), and the activations of `layers`."
     with ExitStack() as stack:
         if self.running is None: stack.enter_context(self.on())
-        xb = self.inputs_of(*xb)
         if self.cache is not None and not layers: return TeacherOutput(self._cached(*xb), {})
         return self._forward(*xb, layers=tuple(layers), logits=logits)
 
@@ -137,33 +259,83 @@ def __call__(self:Teacher, *xb) -> Tensor:
     "The logits for the inputs `xb`; of an ensemble those of the mean probabilities, the classes on the last axis."
     return mean_logits(self.run(*xb).logits)
 
-# %% ../nbs/02_teacher.ipynb #5f9f78ba
+# %% ../nbs/02_teacher.ipynb #34447da1
+@contextmanager
+def eval_when_called():
+    "Within the block each module is in eval mode from when it is called; afterwards each is in its own again."
+    trained = []
+    def rest(module, args):
+        if not getattr(module, 'training', False): return
+        trained.append(module)
+        module.training = False
+    handle = nn.modules.module.register_module_forward_pre_hook(rest)
+    try: yield
+    finally:
+        handle.remove()
+        for m in trained: m.training = True
+
+def at_rest(
+    model # A module, or a callable
+):
+    "A context in which `model` is in eval mode: a module, a method of one, or whatever a function calls."
+    while isinstance(model, partial): model = model.func
+    owner = getattr(model, '__self__', model)
+    return evaluating(owner) if isinstance(owner, nn.Module) else eval_when_called()
+
+# %% ../nbs/02_teacher.ipynb #caf8353f
+@patch
+@contextmanager
+def _resting(self:Teacher, xb):
+    "Within the block every model is in eval mode, and the student's autocast is off for models with a dtype of their own"
+    with ExitStack() as modes:
+        for m in self.running: modes.enter_context(at_rest(m))
+        if set(self.dtypes) - {None,torch.float32}: modes.enter_context(torch.autocast(find_device(xb).type, enabled=False))
+        yield
+
 @patch
 def _forward(self:Teacher, *xb, layers=(), logits=True):
-    with ExitStack() as modes:
-        for m in self.running: modes.enter_context(evaluating(m))
-        if self.dtype is not None: modes.enter_context(torch.autocast(find_device(xb).type, enabled=False))  # the student's
-        acts,calls,first = {},self.calls,[]
-        if layers:
-            hooks = self._hooks(layers, xb)
-            output,calls = hooks.run(*_own_inputs(xb), stop=not logits),calls[1:]
-            acts,first = hooks.collect(),[output]
-        if not logits: return TeacherOutput([], acts)
-        return TeacherOutput([logits_of(o) for o in first + [m(*_own_inputs(xb)) for m in calls]], acts)
+    acts,outputs = {},[]
+    with self._resting(xb):
+        for i,m in enumerate(self.calls):
+            if i == 0 and layers: outputs.append(self._hooks(layers, xb).run(*self._inputs(0, *xb), stop=not logits))
+            elif logits: outputs.append(m(*self._inputs(i, *xb)))
+    if layers: acts = {n: a.clone() if a.is_inference() else a for n,a in self.hooks[layers].collect().items()}
+    return TeacherOutput([self._logits(o) for o in outputs] if logits else [], acts)
 
+@patch
+def _logits(self:Teacher, output): return logits_of(self.outputs(output) if self.outputs else output)
+
+@patch
+@torch.no_grad()
+def output(self:Teacher, *xb):
+    "What the first model itself outputs, whatever it is."
+    with self.on(), self._resting(xb): return self.calls[0](*self._inputs(0, *xb))
 @patch
 def _hooks(self:Teacher, layers, xb):
     "The hooks for `layers`, which know from an earlier run what each layer does"
-    if layers not in self.hooks: self.hooks[layers] = FeatureHooks(self.model, layers, 'teacher', xb)
+    if layers not in self.hooks: self.hooks[layers] = FeatureHooks(self.model, layers, 'teacher', self._inputs(0, *xb))
     return self.hooks[layers]
 
-# %% ../nbs/02_teacher.ipynb #9f537635
+# %% ../nbs/02_teacher.ipynb #2fdf4b1d
+@patch
+def logits_for(self:Teacher,
+    output:TeacherOutput, # Of `run`
+    pred:Tensor, # The student's logits
+    axis:int=-1, # The class axis
+    kind:str='classes' # 'binary' for yes/no labels
+) -> list:
+    "The logits of each model for the student's classes, as tensors like `pred`; of probabilities their logarithm."
+    zs = [z.as_subclass(Tensor).to(pred.device, pred.dtype if pred.dtype.itemsize > 2 else torch.float32) for z in output.logits]
+    if self.probs: zs = [z.logit(eps=1e-7) if kind == 'binary' else z.clamp(min=torch.finfo(z.dtype).tiny).log() for z in zs]
+    return [z if p is None else z.index_select(-1 if axis is None else axis, torch.tensor(p, device=z.device)) for z,p in zip(zs, self.positions)]
+
+# %% ../nbs/02_teacher.ipynb #246d116d
 @patch(as_prop=True)
 def model(self:Teacher):
     "The first model, the one whose activations are compared; while open, as it runs"
     return (self.running or self.models)[0]
 
-# %% ../nbs/02_teacher.ipynb #3b32dffe
+# %% ../nbs/02_teacher.ipynb #171a0065
 @patch
 def open(self:Teacher,
     device=None, # Where the student's inputs are; `None` to leave the models where they are
@@ -174,8 +346,9 @@ def open(self:Teacher,
     else:
         self.running = self.models
         for m in self.models: self._move(m, device)
+    self.dtypes = [self.dtype or own_dtype(m) for m in self.running]
     self.calls = [torch.compile(m) for m in self.running] if self.compile else self.running
-    if self.cache is not None: self.cache.open(digest(self.models, self.dtype, self.cache.topk), n_items)
+    if self.cache is not None: self.cache.open(digest(self.models, self.dtype, self.cache.topk, *filter(None, self.renormalize)), n_items)
 
 @patch
 def _move(self:Teacher, model, device):
@@ -184,7 +357,7 @@ def _move(self:Teacher, model, device):
     self.moved.append((model, *homes))
     model.to(device)
 
-# %% ../nbs/02_teacher.ipynb #21021e0d
+# %% ../nbs/02_teacher.ipynb #d06ceaa8
 @patch
 def close(self:Teacher):
     "Put the models back where they were."
@@ -193,7 +366,8 @@ def close(self:Teacher):
         model,home = self.moved[-1]
         model.to(home)
         self.moved.pop()
-    self.running,self.calls,self.hooks = None,None,{}
+    self.running,self.dtypes,self.calls,self.hooks = None,None,None,{}
+    self.positions,self.renormalize = [None]*len(self.models),[None]*len(self.models)
 
 @patch
 @contextmanager
@@ -210,7 +384,7 @@ def on(self:Teacher,
         yield self
     finally: self.close()
 
-# %% ../nbs/02_teacher.ipynb #ec735b4b
+# %% ../nbs/02_teacher.ipynb #52e96041
 @patch
 def begin(self:Teacher, learn):
     "Called before the first batch of a distillation in `learn`."
@@ -230,11 +404,11 @@ def reset(self:Teacher):
     for m in self.running or self.models:
         if hasattr(m, 'reset'): m.reset()
 
-# %% ../nbs/02_teacher.ipynb #29395d67
+# %% ../nbs/02_teacher.ipynb #7b43a824
 @patch
 def _cached(self:Teacher, *xb):
     "The logits from the cache; the models run on inputs that are new to it"
-    inputs,device = row_keys(*xb),find_device(xb).type
+    inputs,device = row_keys(*(xb if self.inputs is None else tuplify(self.inputs(*xb)))),find_device(xb).type
     precision = str(torch.get_autocast_dtype(device)) if self.dtype is None and torch.is_autocast_enabled(device) else ''
     keys = (inputs ^ zlib.crc32(precision.encode())).tolist()  # under autocast the logits of an input are different
     self.cache.watch(inputs.tolist())
@@ -243,3 +417,17 @@ def _cached(self:Teacher, *xb):
         z = self._forward(*(xb if len(new) == len(keys) else [x[new] for x in xb])).logits
         self.cache.put([keys[i] for i in new], torch.stack(z, 1))
     return list(self.cache.get(keys).to(find_device(xb)).unbind(1))
+
+# %% ../nbs/02_teacher.ipynb #1d4f6524
+@patch
+def __repr__(self:Teacher):
+    settings = dict(dtype=self.dtype, channels_last=self.channels_last, compile=self.compile, inputs=self.inputs, outputs=self.outputs, probs=self.probs, cache=self.cache)
+    said = [f"{k}={getattr(v, '__name__', None) or (v if isinstance(v, (bool,torch.dtype)) else '...')}" for k,v in settings.items() if v is not None and v is not False]
+    return f"{type(self).__name__}({', '.join([' and '.join(described(m) for m in self.models), *said])})"
+
+def described(
+    model # A model, or a callable
+) -> str:
+    "A model in a few words: what it is, and how many parameters it has."
+    if not isinstance(model, nn.Module): return getattr(model, '__name__', type(model).__name__)
+    return f'{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters'

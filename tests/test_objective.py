@@ -214,7 +214,7 @@ def test_two_teachers_that_agree_are_one(loss):
     seen = []
     for teacher in make(7),[make(7),make(7)]:
         def plain(z, y): return z.square().mean()
-        kd = KnowledgeDistillationCallback(teacher, loss)
+        kd = KnowledgeDistillationCallback(teacher, loss, axis=1)
         learner(batches(shuffle=False, dtype=torch.float64), make(1), loss_func=plain).fit(1, cbs=kd)
         seen.append(kd.curves['train']['kd_loss'])
     assert seen[0] == pytest.approx(seen[1], rel=1e-9) and min(seen[0]) > 0

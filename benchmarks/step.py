@@ -23,7 +23,7 @@ from fastai.basics import Callback, DataLoaders, Learner
 from fastai.callback.progress import ProgressCallback # `Learner.no_bar`
 from fastkd.callback import KnowledgeDistillationCallback
 from fastkd.losses import Attention, SoftTarget
-from fastkd.recipes import ArrayLoader, digits
+from fastkd.experiments.recipes import ArrayLoader, digits
 from fastkd.teacher import Teacher
 
 T = 5. # the temperature of all rows

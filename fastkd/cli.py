@@ -17,7 +17,7 @@ __all__ = ['commands', 'run', 'table', 'plot', 'models', 'main']
 def _load(out):
     "The runs in a folder, one DataFrame for each comparison and teacher"
     import pandas as pd
-    from fastkd.compare import Results
+    from fastkd.experiments.records import Results
     runs = Results(Path(out)/'results.jsonl').read()
     if not runs: raise ValueError(f"There are no results in {out}: run `fastkd run RECIPE --out {out}` first.")
     return [g for _,g in pd.DataFrame(runs).groupby(['comparison', [r['teacher']['checksum'] for r in runs]], sort=False)]
@@ -25,20 +25,22 @@ def _load(out):
 # %% ../nbs/07_cli.ipynb #fdb36441
 def run(
     recipe:str, # What to run, e.g. digits
-    methods:str=None, # Methods, separated by commas, e.g. "none,soft,soft(T=7,weight=0.7),soft+fitnet"; the recipe's own if left out
+    methods:str=None, # Methods, separated by commas, e.g. "none,soft,soft(T=7,weight=0.7),soft+fitnet"; the recipe's own unless given
     seeds:int=5, # Number of seeds
     epochs:int=None, # Epochs of the student's training, in place of the recipe's
     teacher_epochs:int=None, # Epochs of the teacher's training, in place of the recipe's
-    device:str=None, # cpu or cuda; a GPU where there is one if left out
+    device:str=None, # cpu or cuda; a GPU if there is one, unless given
     data:str=None, # Folder with the data, in place of a download
-    out:str=None, # Folder for teacher and results; runs/RECIPE if left out
+    out:str=None, # Folder for teacher and results; runs/RECIPE unless given
     statistics:bool=False, # Keep mean and standard deviation of each parameter and its gradient, for each epoch?
     bf16:bool=False, # Train in bfloat16 mixed precision, channels-last, with a bfloat16 copy of the teacher?
     augment:bool=False # Augment what the student trains on, with and without a teacher, as the recipe does for its teacher?
 ):
-    "Train a teacher once, then the student with each method and seed; a command that was stopped goes on where it was."
-    from fastkd.compare import compare, find_recipe, split_methods
-    if seeds < 1: raise ValueError(f"The number of seeds must be 1 or more, not {seeds}.")
+    "Train a teacher once, then the student with each method and seed; a command that was stopped resumes where it was."
+    from fastkd.methods import split_methods
+    from fastkd.experiments.compare import compare
+    from fastkd.experiments.recipes import find_recipe
+    if seeds < 1: raise ValueError(f"The number of seeds must be 1 or more, got {seeds}.")
     out,r = out or f'runs/{recipe}',find_recipe(recipe)
     if augment:
         if not r.augment: raise ValueError(f"The recipe {recipe!r} has no augmentation.")
@@ -52,8 +54,8 @@ def run(
 def table(
     out:str # Folder with results
 ):
-    "Print the table of the results in a folder, and write it to table.md there."
-    from fastkd.compare import caption, markdown, table
+    "Print the table of the results in a folder, and save it there as table.md."
+    from fastkd.experiments.reports import caption, markdown, table
     text = '\n\n'.join(f'{markdown(table(runs))}\n\n{caption(runs)}' for runs in _load(out))
     print(text)
     (Path(out)/'table.md').write_text(text+'\n')
@@ -63,7 +65,7 @@ def plot(
     out:str # Folder with results
 ):
     "Draw the results in a folder: chart.png (accuracies and differences) and curves.png (by epoch and time) there."
-    from fastkd.compare import chart, curves
+    from fastkd.experiments.reports import chart, curves
     comparisons = _load(out)
     for i,runs in enumerate(comparisons):
         for draw in chart,curves:
@@ -80,47 +82,46 @@ def models(
     from fastai.basics import Learner, noop
     from fastai.callback.hook import module_summary
     from fastai.callback.progress import ProgressCallback  # without it a `Learner` has no `no_bar`
-    from fastkd.compare import find_recipe
+    from fastkd.experiments.recipes import find_recipe
     r = find_recipe(recipe)
     dls = r.data(data).dls(r.student_fit.bs)
     for name,model in ('teacher',r.teacher),('student',r.student):
         learn = Learner(dls, model(), loss_func=noop)
         with learn.no_bar(): print(f'{name}: {module_summary(learn, *dls.one_batch()[:1])}')
 
-# %% ../nbs/07_cli.ipynb #3cf96c6c
+# %% ../nbs/07_cli.ipynb #cli00002
 commands = {f.__name__: f for f in (run,table,plot,models)}
 
+def _usage():
+    lines = [f'  {n:8}{f.__doc__}' for n,f in commands.items()]
+    return '\n'.join(['usage: fastkd COMMAND ...\n', *lines, '\n`fastkd COMMAND --help` lists the arguments of a command.'])
+
+def _failed(message, status):
+    print(message, file=sys.stderr)
+    return status
+
+# %% ../nbs/07_cli.ipynb #cli00003
+def _run_command(name, args):
+    "The exit status of a command with its arguments"
+    parser = anno_parser(commands[name], prog=f'fastkd {name}')
+    parser.error = lambda message: sys.exit(_failed(f'{message[0].upper()}{message[1:]}; see `fastkd {name} --help`.', 2))
+    try: kwargs = {k: v for k,v in vars(parser.parse_args(args)).items() if k not in ('pdb','xtra')}
+    except SystemExit as e: return e.code or 0
+    from fastkd.experiments.recipes import MissingData
+    try: commands[name](**kwargs)
+    except KeyboardInterrupt: return _failed('\nStopped. What is finished is kept: the same command resumes from there.', 130)
+    except ValueError as e: return _failed(e, 2)
+    except MissingData as e: return _failed(e, 1)
+    return 0
+
+# %% ../nbs/07_cli.ipynb #3cf96c6c
 def main(
     args:list=None # Arguments; those of the command line by default
 ) -> int:
-    "The `fastkd` command; returns its exit status: 0, 1 for what went wrong on the way, 2 for bad arguments."
-    args = sys.argv[1:] if args is None else args
+    "The `fastkd` command; returns its exit status."
+    name,*rest = (sys.argv[1:] if args is None else args) or ['--help']
     warnings.filterwarnings('ignore', message='.*torch.jit.script.*')  # fastai on PyTorch 2.15: nothing that a user could change
-    name = args[0] if args else '--help'
-    if name in ('-h','--help'):
-        print('usage: fastkd COMMAND ...\n\n' + '\n'.join(f'  {n:8}{f.__doc__}' for n,f in commands.items()) + '\n\n`fastkd COMMAND --help` lists the arguments of a command.')
-        return 0
+    if name in ('-h','--help'): return print(_usage()) or 0
     if name == '--version': return print(__version__) or 0
-    if name not in commands: return _bad(f"There is no command {name!r}; there are {', '.join(commands)}.")
-    parser = anno_parser(commands[name], prog=f'fastkd {name}')
-    parser.error = lambda message: sys.exit(_bad(f'{message[0].upper()}{message[1:]}; see `fastkd {name} --help`.'))
-    try:
-        kwargs = {k: v for k,v in vars(parser.parse_args(args[1:])).items() if k not in ('pdb','xtra')}
-        commands[name](**kwargs)
-    except SystemExit as e: return e.code or 0
-    except KeyboardInterrupt:
-        print('\nStopped. What is finished is kept: the same command goes on from there.', file=sys.stderr)
-        return 130
-    except ValueError as e: return _bad(e)
-    except _missing() as e:
-        print(e, file=sys.stderr)
-        return 1
-    return 0
-
-def _bad(message):
-    print(message, file=sys.stderr)
-    return 2
-
-def _missing():
-    from fastkd.recipes import MissingData
-    return MissingData
+    if name not in commands: return _failed(f"There is no command {name!r}; there are {', '.join(commands)}.", 2)
+    return _run_command(name, rest)

@@ -1,12 +1,13 @@
 "The command, as users run it"
 import json, os, signal, subprocess, sys, time
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 import pytest
 import fastkd
 from fastkd.cli import main
-from fastkd.compare import compare
-from fastkd.recipes import augmented
+from fastkd.experiments import compare
+from fastkd.experiments.recipes import augmented
 
 def command(*args, **kwargs):
     env = {**os.environ, 'PYTHONPATH': str(Path(fastkd.__file__).parents[1]), 'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1'}
@@ -110,13 +111,13 @@ def test_a_failing_download_does_not_show_a_stack(capsys, tmp_path, monkeypatch)
 
 def test_interrupted_with_a_sentence(capsys, monkeypatch):
     def interrupted(*args, **kwargs): raise KeyboardInterrupt
-    monkeypatch.setattr('fastkd.compare.compare', interrupted)
+    monkeypatch.setattr(import_module('fastkd.experiments.compare'), 'compare', interrupted)
     assert main(['run','digits']) == 130
-    assert 'the same command goes on' in capsys.readouterr().err
+    assert 'the same command resumes' in capsys.readouterr().err
 
 def test_the_students_batches_are_augmented_when_asked(capsys, monkeypatch):
     asked = []
-    monkeypatch.setattr('fastkd.compare.compare', lambda recipe, *args: asked.append(recipe))
+    monkeypatch.setattr(import_module('fastkd.experiments.compare'), 'compare', lambda recipe, *args: asked.append(recipe))
     for options in [], ['--augment']: main(['run','pets-scratch','--out','nowhere',*options])
     assert [r.student_augment for r in asked] == [None, augmented] and asked[1] == replace(asked[0], student_augment=augmented)
 

@@ -3,9 +3,10 @@ import random
 import numpy as np, pytest, torch
 from PIL import Image
 from torch import nn
-from fastkd import recipes as R
-from fastkd.compare import compare, method
-from fastkd.recipes import ArrayLoader, MissingData, recipes, stratified
+from fastkd.experiments import compare
+from fastkd.experiments import recipes as R
+from fastkd.experiments.recipes import ArrayLoader, MissingData, recipes, stratified
+from fastkd.methods import method
 
 n_params = lambda m: sum(p.numel() for p in m.parameters())
 
@@ -56,13 +57,13 @@ def test_sizes_of_the_sources_networks():
 
 def test_settings_of_the_sources():
     one = lambda name: method(recipes[name].methods[1])
-    assert (one('mnist').loss[0].T, one('mnist').weights(), one('mnist').epochs) == (7, (pytest.approx(0.3),[0.7]), 5)
+    assert (one('mnist').terms[0].loss.T, one('mnist').weights(), one('mnist').epochs) == (7, (pytest.approx(0.3),[0.7]), 5)
     f = recipes['mnist'].student_fit
     assert (f.epochs, f.lr, f.one_cycle, f.wd, f.betas, f.eps, f.bs) == (6, 1e-4, False, 0, (0.9,0.999), 1e-8, 32) and recipes['mnist'].teacher_fit == f
-    assert (one('cifar10').loss[0].T, one('cifar10').weights()) == (5, (0.5,[0.4])) and recipes['cifar10'].student_fit.lr == 2.5e-4
-    assert (one('cifar10-tutorial').loss[0].T, one('cifar10-tutorial').weights()) == (2, (0.75,[0.25]))
+    assert (one('cifar10').terms[0].loss.T, one('cifar10').weights()) == (5, (0.5,[0.4])) and recipes['cifar10'].student_fit.lr == 2.5e-4
+    assert (one('cifar10-tutorial').terms[0].loss.T, one('cifar10-tutorial').weights()) == (2, (0.75,[0.25]))
     for m in recipes['cifar10-tutorial'].methods[2:]: assert method(m).weights() == (0.75,[0.25])
-    assert (one('pets').loss[0].T, one('pets').weights()) == (5, (0.5,[0.5]))
+    assert (one('pets').terms[0].loss.T, one('pets').weights()) == (5, (0.5,[0.5]))
     assert method(recipes['pets'].methods[2]).weights() == (pytest.approx(0.1),[0.9])
 
 @pytest.mark.filterwarnings('ignore:reduction')
@@ -76,7 +77,7 @@ def test_cifar10s_weight_is_100_times_the_sources_mean():
         source = 100*nn.KLDivLoss(reduction='mean')(torch.log_softmax(z_s/5, 1), torch.softmax(z_t/5, 1)) + 0.5*nn.CrossEntropyLoss()(z_s, y)
         m = method(recipes['cifar10'].methods[1])
         label,(weight,) = m.weights()
-        ours = weight*m.loss[0](z_s, z_t) + label*nn.CrossEntropyLoss()(z_s, y)
+        ours = weight*m.terms[0].loss(z_s, z_t) + label*nn.CrossEntropyLoss()(z_s, y)
         torch.testing.assert_close(ours, source, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(*[torch.autograd.grad(o, z_s, retain_graph=True)[0] for o in (ours,source)], rtol=1e-10, atol=1e-12)
 
@@ -105,7 +106,7 @@ def test_cifar10_from_a_folder(cifar_folder, sub):
     z = parts.tfm(x)
     torch.testing.assert_close(z.mean((0,2,3)), torch.zeros(3), atol=1e-4, rtol=0)
     torch.testing.assert_close(z.std((0,2,3)), torch.ones(3), atol=1e-3, rtol=0)
-    # the test set is normalised with the numbers of the training set, which are not its own
+    # the test set is normalized with the numbers of the training set, which are not its own
     mean = x.double().mean((0,2,3))/255
     std = (x.double()/255).std((0,2,3))
     expected = (parts.test[0].double()/255 - mean[:,None,None])/std[:,None,None]
@@ -129,7 +130,7 @@ def test_pets_from_a_folder(pets_folder):
     assert torch.equal(a, b)   # no crop by chance outside the training
     assert R.pets_data(pets_folder/'images').name == parts.name
 
-def test_cats_are_capitalised(pets_folder):
+def test_cats_are_capitalized(pets_folder):
     xs = {R._short_side(f).numpy().tobytes() for f in (pets_folder/'images').glob('Bengal*')}
     parts = R.pets_data(pets_folder)
     for images,y in (parts.train,parts.test): assert [x.numpy().tobytes() in xs for x in images] == [bool(o) for o in y]

@@ -1,0 +1,140 @@
+"Statistics worked by hand; tables, charts and curves of made-up runs"
+import json
+from itertools import product
+from pathlib import Path
+import numpy as np, pandas as pd, pytest
+from fastkd.experiments import reports
+from fastkd.experiments.records import Results
+from fastkd.experiments.reports import caption, chart, curves, epochs_to_baseline, holm, markdown, paired, table
+
+results = Path(__file__).parents[1]/'nbs'/'tutorials'/'results'
+
+def made(**accuracies):
+    "Runs with given accuracies in %"
+    return pd.DataFrame([dict(comparison='c', method=m, seed=s, accuracy=a/100, parameters=7,
+        settings=dict(fit=dict(epochs=3), method=dict(loss=[m], weight=[0.5])),
+        seconds=[1.,1.,2.] if m == 'none' else [7.,1.,1.], log=dict(accuracy=[0.1,0.2,a/100]), teacher=dict(accuracy=0.9, parameters=70, checksum='t'))
+        for m,accs in accuracies.items() for s,a in enumerate(accs)])
+
+def test_table_worked_by_hand():
+    t = table(made(none=[50.,60.,70.], a=[51.,62.,73.], b=[50.,60.]))
+    assert t.loc['none',['accuracy','sd','n']].tolist() == pytest.approx([60,10,3])
+    a = t.loc['a']
+    # differences 1, 2, 3: mean 2, sd 1, t = 2·√3, t(2 degrees, 97.5 %) = 4.30265
+    assert [a.difference, a.low, a.high, a.n, a.pairs] == pytest.approx([2, 2-4.30265/3**0.5, 2+4.30265/3**0.5, 3, 3], abs=1e-4)
+    t2 = 2*3**0.5  # the t distribution with two degrees of freedom has a closed form
+    assert a.p == pytest.approx(1 - t2/(2+t2**2)**0.5)
+    assert a.time == pytest.approx(9/4) and a.closed == pytest.approx(100*2/30)
+    b = t.loc['b']
+    assert b[['n','pairs','difference']].tolist() == [2,2,0] and t.p_holm['a'] == a.p
+    assert t.loc['teacher','accuracy'] == 90
+
+def test_only_common_seeds_are_paired():
+    runs = made(none=[50.,60.,70.], a=[51.,62.,73.])
+    t = table(runs[~((runs.method == 'none') & (runs.seed == 0))])
+    assert t.loc['a',['n','pairs','difference']].tolist() == pytest.approx([3,2,2.5])
+    assert '(2 pairs)' in markdown(t)
+
+def test_one_seed_has_no_interval():
+    t = table(made(none=[50.], a=[51.]))
+    assert t.difference['a'] == pytest.approx(1) and t[['low','high','p','p_holm']].loc['a'].isna().all()
+    assert markdown(t).count('\n') == 4
+
+@pytest.mark.parametrize('gain', [0.,0.3])
+def test_equal_differences_are_no_certainty(gain):
+    "also where they are equal but for rounding, as accuracies in single precision are"
+    a,b = np.float32([0.5,0.75]),np.float32([0.5+gain/100,0.75+gain/100])
+    d,*rest = paired(100*(b.astype(float)-a.astype(float)))
+    assert d == pytest.approx(gain, abs=1e-4) and np.isnan(rest).all()
+
+def test_there_is_no_way_to_a_teacher_that_is_worse():
+    assert np.isnan(table(made(none=[90.,95.], a=[91.,97.])).closed['a'])
+
+def test_a_table_says_what_it_compares_with():
+    runs = made(none=[50.,60.], a=[51.,62.])
+    assert 'difference to the student alone' in markdown(table(runs)) and 'difference to a ' in markdown(table(runs, 'a'))
+
+def test_several_teachers_make_no_table():
+    runs = made(none=[50.], a=[51.])
+    runs['teacher'] = [dict(accuracy=0.9, parameters=70, checksum=c) for c in 'tu']
+    with pytest.raises(ValueError, match='different teachers'): table(runs)
+
+def test_without_the_baseline_nothing_is_compared():
+    assert table(made(a=[50.,51.])).difference.isna().all()
+
+def test_several_comparisons_make_no_table():
+    runs = made(none=[50.], a=[51.])
+    runs['comparison'] = ['c','d']
+    with pytest.raises(ValueError, match='several comparisons'): table(runs)
+
+@pytest.mark.parametrize('change', [dict(weight=[0.6]), dict(epochs=2), dict(label_weight=1.)])
+def test_one_name_of_several_methods_makes_no_table(change):
+    runs = made(none=[50.], a=[51.,52.])
+    table(runs)
+    runs['settings'] = [runs.settings[0], runs.settings[1], dict(runs.settings[2], method=runs.settings[2]['method'] | change)]
+    with pytest.raises(ValueError, match="'a' names several methods"): table(runs)
+
+def test_one_name_of_several_methods_in_results_of_version_01():
+    runs = made(none=[50.], a=[51.,52.])
+    runs['settings'] = [dict(fit={}, method=dict(loss=[['SoftTarget',{'T': T}]])) for T in (3,3,4)]
+    with pytest.raises(ValueError, match="'a' names several methods"): table(runs)
+
+def test_holm():
+    # Holm's own steps: 0.01·4; max(0.04, 0.013·3); max(., 0.03·2); max(., 0.04·1)
+    assert holm([0.04,0.01,np.nan,0.03,0.013]) == pytest.approx([0.06,0.04,np.nan,0.06,0.04], nan_ok=True)
+    assert holm([0.5,0.4]).tolist() == [0.8,0.8] and holm([]).tolist() == [] and holm([0.9,0.8]).max() == 1
+
+def test_interval_covers_as_often_as_it_says():
+    g = np.random.default_rng(0)
+    inside = [low < 0.3 < high for _,low,high,_ in (paired(d) for d in g.normal(0.3, 1, (1000,5)))]
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.02)
+
+def test_markdown_is_a_table():
+    lines = markdown(table(made(none=[50.,60.], a=[51.,62.]))).splitlines()
+    assert len(lines) == 5 and len({line.count('|') for line in lines}) == 1
+    assert '+1.50' in lines[4] and '56.50 ± 7.78' in lines[4] and 'student alone' in lines[3]
+
+def test_epochs_to_the_baseline():
+    assert epochs_to_baseline(made(none=[50.], a=[50.])).loc['a','passed'] == 0  # reached, not passed
+    runs = made(none=[50.], a=[60.,40.])
+    o = epochs_to_baseline(runs).loc['a']
+    assert o.tolist() == [3,9/4,1,2]
+    early = epochs_to_baseline(made(a=[60.,40.], none=[50.,70.]))  # their mean, 60, the better one has passed after 3 epochs
+    assert list(early.index) == ['none','a'] and early.loc['none'].tolist() == [3,1,1,2]
+    with pytest.raises(ValueError, match='no runs of the baseline'): epochs_to_baseline(runs, 'b')
+
+@pytest.mark.parametrize('name,method,difference,low,high,significant', [('digits','dist',1.84,1.09,2.59,True), ('mnist','dkd',-1.65,-2.54,-0.76,True),
+    ('cifar10','fitnet',3.97,3.81,4.13,True), ('pets-scratch','attention-paper',7.25,3.47,11.03,False)])
+def test_results_of_version_01_give_the_same_table(name, method, difference, low, high, significant):
+    "the figures of the README"
+    runs = pd.DataFrame(Results(results/f'{name}.jsonl').read())
+    if name == 'pets-scratch': runs = runs[~runs.method.isin(['dist','standardised'])]
+    row = table(runs).loc[method]
+    assert row[['difference','low','high']].tolist() == pytest.approx([difference,low,high], abs=0.006)
+    assert (row.p_holm < 0.05) == significant and 'test rows' in caption(runs)
+
+def test_captions():
+    run = dict(data=['blobs',60,30,90,'x'], settings=dict(fit=dict(epochs=2)), teacher_fit=dict(epochs=4), device='cpu', versions=dict(torch='2'), method='none')
+    text = caption(pd.DataFrame([dict(run, seed=s) for s in range(3)]))
+    assert text == ("blobs: accuracy on 90 test rows that trained no model and chose no setting; student trained for 2 epochs on 60 rows, teacher for 4 on the same; "
+                    "mean ± standard deviation over 3 seeds, differences within seeds; cpu, torch 2.")
+    new = dict(run, bf16=True, augmented=True, callbacks=['MixUp'])
+    text = caption(pd.DataFrame([dict(new, seed=0)]))
+    assert '60 rows, augmented, MixUp, teacher' in text and 'cpu, bfloat16, torch' in text
+    # the first one is of an earlier version
+    mixed = caption(pd.DataFrame([dict(run, seed=0), dict(new, seed=1), dict(new, method='soft', seed=0)]))
+    assert 'augmented' not in mixed and 'bfloat16' not in mixed and 'over 1 to 2 seeds' in mixed
+
+def test_charts(tmp_path, monkeypatch):
+    from matplotlib import pyplot as plt
+    for draw,notebook in product((chart,curves), (False,True)):
+        monkeypatch.setattr(reports, 'IN_NOTEBOOK', notebook)
+        before = plt.get_fignums()
+        draw(made(none=[50.,60.], a=[51.,62.]), path=tmp_path/'c.png')
+        assert plt.get_fignums() == before  # a notebook shows it once, and a loop fills no memory
+        assert (tmp_path/'c.png').read_bytes()[:4] == b'\x89PNG'
+    a,b = chart(made(none=[50.,60.], a=[51.,62.])).axes
+    assert [t.get_text() for t in a.get_yticklabels()] == ['student alone','a']
+    assert sorted(a.lines[0].get_xdata()) == [50,60]
+    many = made(**{f'method{i}': [50.] for i in range(23)})
+    for ax in curves(many).axes: assert len({(line.get_color(), line.get_linestyle()) for line in ax.lines}) == 23

@@ -497,6 +497,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fastkd.methods.Method.weights': ('methods.html#method.weights', 'fastkd/methods.py'),
                                 'fastkd.methods._defined': ('methods.html#_defined', 'fastkd/methods.py'),
                                 'fastkd.methods._given': ('methods.html#_given', 'fastkd/methods.py'),
+                                'fastkd.methods._of_last_stage': ('methods.html#_of_last_stage', 'fastkd/methods.py'),
                                 'fastkd.methods._parsed': ('methods.html#_parsed', 'fastkd/methods.py'),
                                 'fastkd.methods._single': ('methods.html#_single', 'fastkd/methods.py'),
                                 'fastkd.methods.as_methods': ('methods.html#as_methods', 'fastkd/methods.py'),

@@ -4,7 +4,7 @@
 
 # %% ../nbs/05_methods.ipynb #mth00004
 from __future__ import annotations
-import ast, re
+import ast, copy, re
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from inspect import signature
@@ -72,6 +72,13 @@ def weights(self:Method) -> tuple:
     return 1-o.weight if o.label_weight is None else o.label_weight, [t.weight for t in o.terms]
 
 # %% ../nbs/05_methods.ipynb #mth00017
+def _of_last_stage(loss, layers):
+    "`loss`, for the last pair of `layers` only if its authors compare that alone and it has no layers of its own"
+    if not layers or loss.layers or loss.paper_layers != 'last': return loss
+    loss = copy.copy(loss)
+    loss.layers = [tuple(names[-1] for names in layers)]
+    return loss
+
 @patch
 def callback(self:Method,
     teacher, # The teacher, a model or a `Teacher`
@@ -80,7 +87,7 @@ def callback(self:Method,
     "The callback that distills in this way, `None` for the student alone."
     if not self.loss: return None
     layers = layers if layers and self.compares_activations else ()
-    return KnowledgeDistillationCallback(teacher, [t.loss for t in self.terms], *layers,
+    return KnowledgeDistillationCallback(teacher, [_of_last_stage(t.loss, layers) for t in self.terms], *layers,
         weight=self.weight, label_weight=self.label_weight, schedule=self.annealer)
 
 # %% ../nbs/05_methods.ipynb #mth00019

@@ -15,7 +15,7 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
 from fastai.optimizer import Adam
-from ..callback import autocast_left
+from ..session import autocast_left
 from .recipes import Fit, Recipe
 from .records import fingerprint
 

@@ -22,7 +22,8 @@ from torch import nn
 from fastai.basics import Callback, DataLoaders, Learner
 from fastai.callback.progress import ProgressCallback # `Learner.no_bar`
 from fastkd.callback import KnowledgeDistillationCallback
-from fastkd.losses import Attention, SoftTarget
+from fastkd.feature_losses import Attention
+from fastkd.losses import SoftTarget
 from fastkd.experiments.recipes import ArrayLoader, digits
 from fastkd.teacher import Teacher
 

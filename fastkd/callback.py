@@ -16,7 +16,8 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.basics import AvgLoss, L, Learner, Recorder, TrainEvalCallback, detuplify, find_bs, find_device, noop, num_distrib, to_device
 from .losses import _plain
-from .layers import Taps, unwrap, named_layers, match_layers
+from .layers import FeatureHooks, unwrap, named_layers
+from .matching import match_layers
 from .teacher import Teacher, evaluating, logits_of, mean_logits
 
 # %% auto #0
@@ -351,7 +352,7 @@ class KnowledgeDistillationCallback(Callback):
     def _taps(self, student, xb):
         "What keeps the activations of all pairs, the student's and the teacher's"
         models,inputs = (student,self.teacher.model),(xb,self.teacher.inputs_of(*xb))
-        return [Taps(m, dict.fromkeys(names), whose, x) for m,names,whose,x in zip(models, zip(*self.pairs), ('student','teacher'), inputs)]
+        return [FeatureHooks(m, dict.fromkeys(names), whose, x) for m,names,whose,x in zip(models, zip(*self.pairs), ('student','teacher'), inputs)]
 
     def _distil(self, terms):
         "The values of `terms` for this batch"
@@ -361,7 +362,7 @@ class KnowledgeDistillationCallback(Callback):
         pred,outs,acts = _plain(logits_of(learn.pred)),[],({},{})
         if logits or features:
             outs = [_plain(o) for o in self.teacher.run(*learn.xb, taps=self.taps[1] if features else None, logits=logits)]
-        if features: acts = [{n: _plain(a) for n,a in taps.activations().items()} for taps in self.taps]
+        if features: acts = [{n: _plain(a) for n,a in taps.collect().items()} for taps in self.taps]
         target,values = _plain(detuplify(learn.yb)),[]
         if not self.checked: self._check(pred, target, outs, acts[1])
         offer = dict(self.offer, pred=pred, target=target, pct_train=learn.pct_train)
@@ -461,7 +462,7 @@ class KnowledgeDistillationCallback(Callback):
         "Drop the hooks and the activations of a batch"
         for taps in self.taps or ():
             taps.__exit__()
-            taps.forget()
+            taps.clear()
 
     def close(self):
         "Take back all that a fit changed, however it ended"
@@ -558,5 +559,5 @@ def show_attention(self:KnowledgeDistillationCallback,
         student,teacher = self._taps(learn.model, inputs)
         student.run(*inputs)
         self.teacher.run(*inputs, taps=teacher, logits=False)
-    maps = [[attention_images(acts[name]).cpu() for name in names] for acts,names in zip((student.activations(), teacher.activations()), zip(*self.pairs))]
+    maps = [[attention_images(acts[name]).cpu() for name in names] for acts,names in zip((student.collect(), teacher.collect()), zip(*self.pairs))]
     return show_attention(dl.decode(xb)[0], *maps, pairs=self.pairs, **kwargs)

@@ -11,6 +11,7 @@ from fastai.callback.schedule import *
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback, TerminateOnNaNCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastkd.all import *
+from fastkd.layers import unwrap
 from conftest import batches, hooks, learner, net, same, weights
 
 @pytest.fixture

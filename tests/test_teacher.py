@@ -9,6 +9,7 @@ from fastai.callback.mixup import MixUp
 from fastai.distributed import DistributedDL
 from fastai.callback.training import GradientAccumulation
 from fastkd.all import *
+from fastkd.layers import unwrap
 from fastkd.cache import LogitsCache
 from conftest import batches, hooks, learner, net, same, weights
 

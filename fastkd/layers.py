@@ -4,13 +4,15 @@
 
 # %% ../nbs/01_layers.ipynb #81ef67ae
 from __future__ import annotations
-import difflib, itertools
+import difflib, itertools, math
 from contextlib import contextmanager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 import torch
 from torch import nn, Tensor
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from fastcore.basics import patch
 from fastai.basics import Learner, no_random, to_device, tuplify
@@ -59,7 +61,7 @@ def find_layer(
         raise TypeError(f"Layers are given by name, as strings, but the {role} got a {type(name).__name__}"
                         + (f"; its name is {known!r}." if known else "."))
     if name in layers: return layers[name]
-    shapes = {} if xb is None else {r.name: r.shape for r in trace(model, xb)}
+    shapes = {} if xb is None else {r.name: r.shape for r in trace(model, xb).runs}
     near = difflib.get_close_matches(name, layers, n=5, cutoff=0.3) or list(layers)[:5]
     near = [repr(n) + (f' {shapes.get(n) or "(does not run)"}' if shapes else '') for n in near]
     raise ValueError(f"Layer {name!r} of the {role} ({type(unwrap(model)).__name__}) {_not_a_layer(unwrap(model), name)} "
@@ -137,58 +139,272 @@ def first_tensor(
     if isinstance(output, dict): output = tuple(output.values())
     return next((t for t in map(first_tensor, output) if t is not None), None) if isinstance(output, (tuple,list)) else None
 
-def shape_of(
-    output # The output of a layer or a model
-) -> tuple|None:
-    "The shape of the first tensor in `output`, `None` if there is none."
-    t = first_tensor(output)
-    return None if t is None else tuple(t.shape)
-
 # %% ../nbs/01_layers.ipynb #c5481a39
-def run_model(
+def on_device(
     model, # A module
     xb # Inputs: a tensor, or a tuple of tensors for a model with several inputs
-):
-    "The output of `model` for `xb`, which is moved to the model's device."
+) -> tuple:
+    "The inputs on the device of `model`."
     p = next((t for t in (*model.parameters(), *model.buffers())), None)
-    xb = tuplify(xb)
-    return model(*(xb if p is None else to_device(xb, p.device)))
+    return tuplify(xb) if p is None else to_device(tuplify(xb), p.device)
+
+# %% ../nbs/01_layers.ipynb #layout04
+# where a function's output has its channels
+channel_axes = dict.fromkeys(['linear','layer_norm','rms_norm','embedding','multi_head_attention_forward','lstm','gru','rnn_tanh','rnn_relu'], -1)
+channel_axes |= dict.fromkeys(['batch_norm','group_norm','instance_norm','prelu','interpolate','pixel_shuffle','pixel_unshuffle'], 1)
+channel_axes |= {f'{f}{d}d': 1 for d in (1,2,3) for f in ('conv','conv_transpose','max_pool','avg_pool','lp_pool','adaptive_max_pool','adaptive_avg_pool')}
+
+# functions that move, split or merge axes; that change how many channels there are; and after which nothing is known
+rearranging = {'permute','transpose','swapaxes','swapdims','movedim','moveaxis','t','T','mT','view','view_as','reshape','reshape_as','flatten','unflatten',
+               'unsqueeze','squeeze','expand','expand_as','select','__getitem__'}
+resizing = {'cat','concat','concatenate','chunk','split','tensor_split','narrow','pad','glu','pixel_shuffle','pixel_unshuffle','index_select'}
+losing = {'einsum','tensordot','cdist','gather','unfold','fold','as_strided','transpose_','squeeze_','unsqueeze_'}
+
+# %% ../nbs/01_layers.ipynb #layout06
+def moved_axis(func, args, kwargs, axis):
+    "Where `func`, which rearranges axes, puts `axis` of its first argument; `None` if the axis does not stay whole"
+    others = [o for a in args[1:] for o in (a if isinstance(a, (tuple,list)) else [a])]
+    if any(isinstance(o, Tensor) for o in others): return None  # picks elements by an index
+    before = torch.empty(args[0].shape, device='meta')
+    after = func(before, *args[1:], **kwargs)
+    size,stride = before.shape[axis],before.stride(axis)
+    return next((i for i in range(after.ndim) if size == after.shape[i] > 1 and stride == after.stride(i)), None)
+
+# %% ../nbs/01_layers.ipynb #layout07
+class ChannelTracker(TorchFunctionMode):
+    "In the block, `axes` tells for each living tensor that PyTorch functions made which axis holds its channels, as far as it is known."
+    def __init__(self):
+        super().__init__()
+        self.axes = WeakIdKeyDictionary()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        name = getattr(func, '__name__', '')
+        if name == '__get__': name = getattr(func.__self__, '__name__', '')  # an attribute such as `mT`
+        for o in output if isinstance(output, (tuple,list)) else [output]:
+            if not isinstance(o, Tensor): continue
+            axis = self._follow(func, name, args, kwargs, o)
+            if axis is None: self.axes.pop(o, None)
+            else: self.axes[o] = axis
+        return output
+
+    def axis_of(self, t):
+        "The axis of the channels of `t`, `None` if it is unknown or `t` is no tensor"
+        return self.axes.get(t) if isinstance(t, Tensor) else None
+
+    def _follow(self, func, name, args, kwargs, output):
+        "The axis of the channels of `output`"
+        first = args[0] if args else kwargs.get('input')
+        axis = self.axis_of(first)
+        if name in rearranging: return None if axis is None or not args else moved_axis(func, args, kwargs, axis)
+        if name in channel_axes:
+            if axis is None and isinstance(first, Tensor) and first.is_floating_point(): self.axes[first] = channel_axes[name] % first.ndim
+            return channel_axes[name] % output.ndim if axis is None else axis
+        if name in losing: return None
+        return self._shared_axis(name, (*args, *kwargs.values()), output)
+
+    def _shared_axis(self, name, args, output):
+        "The axis on which those arguments that have channels agree"
+        tensors = [t for a in args for t in (a if isinstance(a, (tuple,list)) else [a]) if isinstance(t, Tensor) and t.ndim == output.ndim]
+        known = {self.axes[t] for t in tensors if t in self.axes and (name in resizing or t.shape[self.axes[t]] == output.shape[self.axes[t]])}
+        return known.pop() if len(known) == 1 else None
+
+# %% ../nbs/01_layers.ipynb #layout10
+@dataclass(frozen=True)
+class Layout:
+    "Where the channels and the places are in an activation `(B, …)`."
+    channel_axis:int # Axis of the channels, counted from the front
+    grid:tuple=None # Sides of the map that tokens form, e.g. `(14, 14)`; `None` if they form none, or if the activation is a map already
+    skip:int=0 # Leading tokens outside of the grid: class and register tokens
+
+    def sizes(self, shape) -> tuple:
+        "The number of channels, and the sides of the map: `()` for `(B, c)`, the number of tokens if they form no grid."
+        sides = tuple(s for i,s in enumerate(shape) if i and i != self.channel_axis)
+        return shape[self.channel_axis],self.grid or sides
+
+# %% ../nbs/01_layers.ipynb #layout11
+def channels_first(
+    act:Tensor, # An activation `(B, …)`
+    layout:Layout # Its layout, from `find_layouts`
+) -> Tensor:
+    """A view of `act` with the channels first: `(B, c)`, `(B, c, n)`, `(B, c, h, w)`, …
+
+    Tokens that form a grid become a map `(B, c, *grid)` without class and register tokens. Raises `ValueError` if the number of tokens is not the layout's."""
+    act = act.movedim(layout.channel_axis, 1)
+    if layout.grid is None: return act
+    if act.shape[2] != layout.skip + math.prod(layout.grid):
+        grid = ' × '.join(map(str, layout.grid))
+        raise ValueError(f"An activation has {act.shape[2]} tokens, but its layout is {layout.skip} + {grid}. Layouts hold for one input size: find them again.")
+    return act[:,:,layout.skip:].unflatten(2, layout.grid)
+
+# %% ../nbs/01_layers.ipynb #layout14
+@dataclass
+class InputSize:
+    "The number of examples in the inputs of a model, and of positions in each direction."
+    n:int
+    sides:tuple
+
+    def proportional(self, sides) -> bool:
+        "Does a map with these sides have the proportions of the input?"
+        return len(sides) == len(self.sides) and all(abs(o*sides[0]/self.sides[0] - s) <= 1 for o,s in zip(self.sides, sides))
+
+def input_size(
+    xb, # A tuple of inputs
+    axis_of, # Gives the axis of the channels of a tensor, `None` if it is unknown
+    conv1d:bool, # Does the model have 1-D convolutions?
+    role:str # What an error calls the model
+) -> InputSize:
+    "The size of the input that has the most dimensions. Raises `TypeError` if there is no tensor."
+    x = max((t for t in map(first_tensor, xb) if t is not None), key=lambda t: t.ndim, default=None)
+    if x is None or not x.ndim: raise TypeError(f"The inputs of the {role} should be a tensor or a tuple of tensors, but contain no tensor.")
+    axis = axis_of(x) or (1 if x.ndim > 3 or conv1d else x.ndim-1)
+    return InputSize(len(x), tuple(s for i,s in enumerate(x.shape) if i and (i != axis or x.ndim == 2)))
 
 # %% ../nbs/01_layers.ipynb #dc9d4f31
 @dataclass
 class LayerRun:
-    "How a layer ran in one forward pass of its model"
+    "How a layer ran in one forward pass of its model. Of several calls the last counts, of several tensors the first."
     name:str # Dotted name; '' for the model itself
     layer:nn.Module
-    shape:tuple=None # Of the output of its last call; of the first tensor if it outputs several
-    input_shape:tuple=None # Of the input of its last call
+    shape:tuple=None # Of the output
+    layout:Layout=None # Of the output; `None` if it is unknown, or if there is not one row for each example
+    input_shape:tuple=None
+    input_layout:Layout=None
+    axes:tuple=(None,None) # The axes of the channels of output and input, as far as they were tracked
     began:int=0 # When its first call began, ...
     ended:int=0 # ... and its last call ended: counts that are comparable between layers
     calls:int=0
 
-# %% ../nbs/01_layers.ipynb #trace0001
-def trace(
-    model, # A model or a `Learner`
-    xb # Inputs: a tensor, or a tuple of tensors for a model with several inputs
-) -> list:
-    "A `LayerRun` for each layer of `model` that runs on `xb`, in the order in which they begin; the first one is the model itself."
-    model = unwrap(model)
-    if not isinstance(model, nn.Module): raise TypeError(f"Only an `nn.Module` or a `Learner` has layers, got {type(model).__name__}.")
-    runs,clock = {model: LayerRun('', model)},itertools.count(1)
-    for name,layer in named_layers(model): runs.setdefault(layer, LayerRun(name, layer))
+@dataclass
+class ModelTrace:
+    "One forward pass of a model."
+    root:LayerRun # The model itself
+    runs:list # A `LayerRun` for each layer that ran, in the order in which they began
+    size:InputSize
+
+# %% ../nbs/01_layers.ipynb #trace0003
+@contextmanager
+def recording(runs, tracker):
+    "Within the block each layer's `LayerRun` in `runs` notes when it ran, and what it got and output"
+    clock = itertools.count(1)
     def begin(layer, args):
         r = runs[layer]
         r.calls += 1
         r.began = r.began or next(clock)
     def end(layer, args, kwargs, output):
-        r = runs[layer]
-        r.shape,r.input_shape,r.ended = shape_of(output),shape_of((args, kwargs)),next(clock)
-    with undisturbed(model), ExitStack() as hooks:
+        r,tensors = runs[layer],(first_tensor(output),first_tensor((args, kwargs)))
+        r.shape,r.input_shape = (None if t is None else tuple(t.shape) for t in tensors)
+        r.axes = [t if tracker.axis_of(t) is None else tracker.axis_of(t) for t in tensors]
+        r.ended = next(clock)
+    with ExitStack() as hooks:
         for layer in runs:
             hooks.callback(layer.register_forward_pre_hook(begin).remove)
             hooks.callback(layer.register_forward_hook(end, with_kwargs=True).remove)
-        run_model(model, xb)
-    return sorted((r for r in runs.values() if r.ended), key=lambda r: r.began)
+        yield
+    for r in runs.values(): r.axes = [o if isinstance(o, int) else tracker.axis_of(o) for o in r.axes]
+
+# %% ../nbs/01_layers.ipynb #layout16
+def known_channels(
+    layer:nn.Module # A single layer
+) -> int|None:
+    "The number of channels that `layer` outputs, if it has an attribute for it."
+    if list(layer.children()): return None
+    if isinstance(layer, nn.LayerNorm): return layer.normalized_shape[-1]
+    return next((getattr(layer, a) for a in ('out_channels','out_features','num_features','num_channels') if isinstance(getattr(layer, a, None), int)), None)
+
+@patch
+def _vote(self:ModelTrace, r, shape, output):
+    "The axis of the channels of the output of `r`, or of its input, by votes for the first or the last"
+    inside = [o for o in self.runs if o is r or not r.name or o.name.startswith(f'{r.name}.')]
+    channels = [known_channels(o.layer) for o in sorted(inside, key=lambda o: o.ended)] if output else []
+    channels = next((c for c in channels[::-1] if c is not None), None)
+    tracked = {o.axes[0] for o in inside if o.axes[0] is not None and len(o.shape) == len(shape)}
+    axes,votes = (1,len(shape)-1),set()
+    for is_axis in (lambda a: self.size.proportional(Layout(a).sizes(shape)[1]), lambda a: shape[a] == channels, lambda a: tracked == {a}):
+        first,last = map(is_axis, axes)
+        if first != last: votes.add(axes[last])
+    return votes.pop() if len(votes) == 1 else None
+
+# %% ../nbs/01_layers.ipynb #layout18
+def token_grid(
+    n:int, # Number of tokens
+    maps, # Sides of maps that the model computed before
+    sides:tuple # Of the input
+) -> tuple:
+    "`(grid, skip)` of `n` tokens; `(None, 0)` if they form no grid."
+    if n < 2 or len(sides) < 2: return None,0
+    for size in (*maps, sides):
+        k = round((math.prod(size)/n)**(1/len(size)))
+        if k and math.prod(size) == n*k**len(size) and all(s%k == 0 for s in size): return tuple(s//k for s in size),0
+    prefixed = [(n - math.prod(size), size) for size in maps if math.prod(size) > 1 and 0 < n - math.prod(size) <= 16]
+    return min(prefixed)[::-1] if prefixed else (None,0)
+
+# %% ../nbs/01_layers.ipynb #layout21
+@patch
+def add_layouts(self:ModelTrace):
+    "Decide the layouts of all outputs and inputs."
+    maps = []
+    for r in sorted((self.root, *self.runs), key=lambda r: r.ended):
+        r.layout,r.input_layout = self._layout(r, r.shape, r.axes[0], maps, True),self._layout(r, r.input_shape, r.axes[1], maps, False)
+        if r.layout is None or r.layout.skip: continue
+        sides = r.layout.sizes(r.shape)[1]
+        if self.size.proportional(sides) and sides not in maps: maps.append(sides)
+
+@patch
+def _layout(self:ModelTrace, r, shape, axis, maps, output):
+    if shape is None or len(shape) < 2 or shape[0] != self.size.n: return None
+    if len(shape) == 2: return Layout(1)
+    # (n, B, c) cannot be told from (B, n, c) if n is B
+    if shape[0] == shape[1] and any(getattr(m, 'batch_first', True) is False for m in r.layer.modules()): return None
+    axis = self._vote(r, shape, output) if axis is None else axis
+    if axis is None: return None
+    sides = Layout(axis).sizes(shape)[1]
+    return Layout(axis, *token_grid(sides[0], maps, self.size.sides)) if len(sides) == 1 else Layout(axis)
+
+# %% ../nbs/01_layers.ipynb #trace0001
+def trace(
+    model, # A model or a `Learner`
+    xb, # Inputs: a tensor, or a tuple of tensors for a model with several inputs
+    role:str='model' # What an error calls the model, e.g. 'student'
+) -> ModelTrace:
+    "Run `model` on `xb` once, and see which layers run and what they output. Raises `TypeError` if `model` is not a module."
+    model = unwrap(model)
+    if not isinstance(model, nn.Module): raise TypeError(f"Only an `nn.Module` or a `Learner` has layers, but the {role} is a {type(model).__name__}.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"The layers of a TorchScript model cannot be watched; give the {role} as a Python module, or compare logits.")
+    runs,tracker = {model: LayerRun('', model)},ChannelTracker()
+    for name,layer in named_layers(model):
+        if not isinstance(layer, torch.jit.ScriptModule): runs.setdefault(layer, LayerRun(name, layer))  # which takes no hooks
+    xb = on_device(model, xb)
+    with undisturbed(model), tracker, recording(runs, tracker): model(*xb)
+    ran = sorted((r for r in runs.values() if r.ended), key=lambda r: r.began)
+    result = ModelTrace(ran[0], ran[1:], input_size(xb, tracker.axis_of, any(isinstance(r.layer, nn.Conv1d) for r in ran), role))
+    result.add_layouts()
+    return result
+
+# %% ../nbs/01_layers.ipynb #layout23
+def find_layouts(
+    model, # A model or a `Learner`
+    xb # Inputs: a tensor, or a tuple of tensors for a model with several inputs
+) -> dict:
+    """The `Layout` of the output of each layer that runs on `xb`, by name.
+
+    It is `None` if there is not one row of channels for each example, or if it is unknown which axis holds the channels: the user must say so."""
+    runs = {r.layer: r for r in trace(model, xb).runs}
+    return {name: runs[layer].layout for name,layer in named_layers(model) if layer in runs}
+
+def layout_error(
+    name:str, # Of a layer without a known layout
+    shape, # Of its output
+    n:int, # Number of examples in the batch
+    role:str='model' # What the error calls the model, e.g. 'student'
+) -> ValueError:
+    "The error to raise for a layer whose layout is needed and not known."
+    what = f"Layer {name!r} of the {role} outputs the shape {tuple(shape)},"
+    if len(shape) < 2 or shape[0] != n: return ValueError(f"{what} without a row of channels for each of the {n} examples of the batch; choose another layer.")
+    return ValueError(f"{what} and nothing in the model tells which axis holds the channels: "
+                      "give the loss `channel_axis=` (1 if they come first, -1 if they come last), or choose another layer.")
 
 # %% ../nbs/01_layers.ipynb #ff989ff8
 class _Stop(BaseException): "Ends a forward pass early"

@@ -9,8 +9,8 @@ import pandas as pd
 import torch
 from torch import nn
 from fastcore.basics import patch
-from fastai.basics import Learner, tuplify
-from .layers import LayerRun, named_layers, rewound, shape_of, trace
+from fastai.basics import Learner
+from .layers import LayerRun, named_layers, rewound, trace
 
 # %% auto #0
 __all__ = ['layer_table', 'match_layers']
@@ -30,14 +30,8 @@ class ModelStructure:
         xb, # Inputs: a tensor, or a tuple of tensors for a model with several inputs
         role:str='model' # What an error calls the model, e.g. 'student'
     ):
-        self.root,*self.runs = trace(model, xb)
-        self.role,self.shapes = role,{r.name: r.shape for r in (self.root, *self.runs)}
-        input_shape = max((shape_of(o) or () for o in tuplify(xb)), key=len)
-        if not input_shape: raise TypeError(f"The inputs of the {role} should be a tensor or a tuple of tensors, but contain no tensor.")
-        # the shape of three dimensions does not show which one counts positions
-        self.conv1d = any(isinstance(r.layer, nn.Conv1d) for r in self.runs)
-        self.bs,*sizes = input_shape
-        self.grid = tuple(sizes[1:] if len(sizes) > 2 or (len(sizes) == 2 and self.conv1d) else sizes[:1])
+        found = trace(model, xb, role)
+        self.root,self.runs,self.size,self.role = found.root,found.runs,found.size,role
         self._measure_depth()
 
 # %% ../nbs/01b_matching.ipynb #mat00021
@@ -53,33 +47,29 @@ def _measure_depth(self:ModelStructure):
 
 # %% ../nbs/01b_matching.ipynb #mat00023
 @patch
-def layout(self:ModelStructure, shape):
-    "The numbers of channels and of positions in an activation of this shape, `None` for what it does not have."
-    if shape is None or len(shape) < 2 or shape[0] != self.bs: return None,None
-    if len(shape) == 2: return shape[1],None
-    if len(shape) == 3: return (shape[1],shape[2]) if self.conv1d else (shape[2],shape[1])
-    channels_last = not self.proportional(shape[2:]) and self.proportional(shape[1:-1])
-    return (shape[-1],math.prod(shape[1:-1])) if channels_last else (shape[1],math.prod(shape[2:]))
+def channels(self:ModelStructure, r:LayerRun):
+    "The number of channels that `r` outputs, `None` if it is unknown."
+    return r.layout and r.layout.sizes(r.shape)[0]
 
 @patch
-def proportional(self:ModelStructure, size):
-    "Does a map of this size have the proportions of the input?"
-    return len(size) == len(self.grid) and all(abs(o*size[0]/self.grid[0] - s) <= 1 for o,s in zip(self.grid, size))
+def stride_of(self:ModelStructure, shape, layout):
+    "The stride of an activation; `None` without positions or without a known layout."
+    sides = layout.sizes(shape)[1] if layout else ()
+    return (math.prod(self.size.sides)/math.prod(sides))**(1/len(self.size.sides)) if math.prod(sides) and sides and self.size.sides else None
+
+@patch
+def stride(self:ModelStructure, r:LayerRun):
+    "The stride of the output of `r`; `None` without positions or without a known layout."
+    return self.stride_of(r.shape, r.layout)
 
 @patch
 def is_map(self:ModelStructure, r:LayerRun):
     "Does `r` output a map with the proportions of the input?"
-    return self.proportional(r.shape[2:]) or self.proportional(r.shape[1:-1])
+    return r.layout is not None and self.size.proportional(r.layout.sizes(r.shape)[1])
 
 # %% ../nbs/01b_matching.ipynb #mat00024
-@patch
-def stride(self:ModelStructure, r:LayerRun, shape=None):
-    "The stride of the output of `r`, or of `shape`; `None` without positions."
-    positions = self.layout(shape or r.shape)[1]
-    return (math.prod(self.grid)/positions)**(1/len(self.grid)) if positions and self.grid else None
-
 def same_stride(a, b):
-    "Are two strides equal, apart from rounding and class tokens?"
+    "Are two strides equal, apart from rounding?"
     return a is b or (a is not None and b is not None and max(a,b) < 1.41*min(a,b))
 
 @patch
@@ -101,15 +91,10 @@ def outermost(units):
 @patch
 def is_head(self:ModelStructure, r):
     "Does `r` make the model's output?"
-    (channels,positions),(before,positions_before) = self.layout(r.shape),self.layout(r.input_shape)
-    return (channels == self.layout(self.root.shape)[0] and any(m is self.last_weighted for m in r.layer.modules())
-            and (self.n_weighted[r.name] < 2 or (channels != before and positions == positions_before)))
-
-@patch
-def is_transposed(self:ModelStructure, r):
-    "Does `r` have positions in place of channels, as where an MLP mixes tokens?"
-    around = self.shapes.get(r.name.rpartition('.')[0])
-    return len(r.shape) == 3 and around is not None and r.shape[1] != r.shape[2] and around[1:] == r.shape[:0:-1]
+    if self.channels(r) != self.channels(self.root) or not any(m is self.last_weighted for m in r.layer.modules()): return False
+    if self.n_weighted[r.name] < 2: return True
+    (c,positions),(before,positions_before) = (l.sizes(s) if l else (None,None) for s,l in ((r.shape, r.layout), (r.input_shape, r.input_layout)))
+    return c != before and positions == positions_before
 
 def only_reshapes(layer):
     "Does `layer` compute nothing but only pick, average or reshape?"
@@ -120,8 +105,9 @@ def only_reshapes(layer):
 def is_body(self:ModelStructure, r, units):
     "Does `r` hold several stages?"
     # a single position is no resolution (squeeze-and-excitation pools within a block); attention maps and windows lack the input's proportions
-    maps = [o for o in inside(r, self.runs) if self.n_weighted[o.name] and self.stride(o) and self.layout(o.shape)[1] > 1 and self.is_map(o) >= self.is_map(r)]
-    before,after = self.stride(r, r.input_shape),self.stride(r)
+    maps = [o for o in inside(r, self.runs) if self.n_weighted[o.name] and self.stride(o) and self.is_map(o) >= self.is_map(r)]
+    maps = [o for o in maps if math.prod(o.layout.sizes(o.shape)[1]) > 1]
+    before,after = self.stride_of(r.input_shape, r.input_layout),self.stride(r)
     between = [o for o in maps if not same_stride(self.stride(o), before) and not same_stride(self.stride(o), after)]
     return (any(o in units or len(o.shape) > 3 < len(r.shape) for o in between)
             or (self.n_weighted[r.name] > self.n_weighted['']/2 and any(o in units and not same_stride(self.stride(o), after) for o in maps)))
@@ -131,9 +117,9 @@ def is_body(self:ModelStructure, r, units):
 def units(self:ModelStructure, least):
     "The layers with `least` weighted layers or more that can stand for a stage or a block, in the order in which they end."
     whole = max(self.n_weighted[''], 2)  # a layer that holds all weights is the model itself, in somebody's wrapper
-    units = [r for r in self.runs if self.layout(r.shape)[0] and least <= self.n_weighted[r.name] < whole and not only_reshapes(r.layer)]
+    units = [r for r in self.runs if r.layout and least <= self.n_weighted[r.name] < whole and not only_reshapes(r.layer)]
     units = [r for r in units if self.stride(r)] or units
-    units = [r for r in units if not self.is_head(r) and not self.is_transposed(r)]
+    units = [r for r in units if not self.is_head(r)]
     return sorted((r for r in units if not self.is_body(r, units)), key=lambda r: r.ended)
 
 # %% ../nbs/01b_matching.ipynb #mat00033

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 from fastai.basics import tuplify
-from .layers import FeatureHooks, first_tensor, rewound, run_model, undisturbed, unwrap
+from .layers import FeatureHooks, first_tensor, on_device, rewound, undisturbed, unwrap
 from .matching import ModelStructure
 
 # %% auto #0
@@ -35,7 +35,7 @@ def centered_gram(
 # %% ../nbs/01c_similarity.ipynb #289ce604
 def layer_grams(model, names, xb, role):
     "The centered matrices of the layers `names` for one batch, flattened, one row for each layer"
-    with FeatureHooks(model, names, role, xb, store=centered_gram) as hooks: run_model(unwrap(model), xb)
+    with FeatureHooks(model, names, role, xb, store=centered_gram) as hooks: unwrap(model)(*on_device(unwrap(model), xb))
     grams,n = hooks.collect(),len(first_tensor(tuplify(xb)))
     for name,g in grams.items():
         if len(g) == n: continue

@@ -235,7 +235,7 @@ def channels_first(
     if layout.grid is None: return act
     if act.shape[2] != layout.skip + math.prod(layout.grid):
         grid = ' × '.join(map(str, layout.grid))
-        raise ValueError(f"An activation has {act.shape[2]} tokens, but its layout is {layout.skip} + {grid}. Layouts hold for one input size: find them again.")
+        raise ValueError(f"An activation has {act.shape[2]} tokens, but its layout is {layout.skip} + {grid}. Layouts hold for one input size; find them anew.")
     return act[:,:,layout.skip:].unflatten(2, layout.grid)
 
 # %% ../nbs/01_layers.ipynb #layout14

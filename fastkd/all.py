@@ -3,8 +3,8 @@ from fastkd.losses import BinarySoftTarget, ChannelWise, DecoupledKD, DIST, KDLo
 from fastkd.feature_losses import (ActivationBoundaries, Attention, ChannelWiseFeatures, Cosine, FeatureLoss, FitNet, NST, PKT, RKD, ReviewKD,
                                    Similarity, TrainedFeatureLoss, VID)
 from fastkd.layers import get_model_layers
-from fastkd.layers import layer_table, match_layers
-from fastkd.layers import layer_similarity
+from fastkd.matching import layer_table, match_layers
+from fastkd.similarity import layer_similarity
 from fastkd.teacher import Teacher
 from fastkd.online_teachers import EMATeacher, PeerTeacher
 from fastkd.callback import KnowledgeDistillationCallback

@@ -34,7 +34,7 @@ def test_one_layer_in_two_pairs_works():
 def test_two_names_of_one_module():
     relu = nn.ReLU()
     model = nn.Sequential(nn.Conv2d(1,4,3), relu, nn.Conv2d(4,4,3), relu, nn.Flatten(), nn.Linear(64,3))
-    refused(ValueError, "one and the same module", net(), Attention, ['1','3'], ['conv1','conv2'], learn=learner(model=model))
+    refused(ValueError, "are the same module", net(), Attention, ['1','3'], ['conv1','conv2'], learn=learner(model=model))
 
 def test_a_layer_that_never_runs():
     class Idle(nn.Module):

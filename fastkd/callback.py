@@ -74,7 +74,7 @@ class KnowledgeDistillationCallback(Callback):
             self.session.close()
             self.session = None
 
-# %% ../nbs/03_callback.ipynb #b1eaf454
+# %% ../nbs/03_callback.ipynb #01512672
 @patch(as_prop=True)
 def curves(self:KnowledgeDistillationCallback) -> dict:
     "`{'train': {term: a value for each batch}, 'steps': batches trained by the end of each epoch}`; empty before the first fit."
@@ -87,13 +87,13 @@ def pairs(self:KnowledgeDistillationCallback) -> list:
     if self.session is not None: return self.session.all_pairs
     return (self.named_pairs or []) if self.result is None else self.result.pairs
 
-# %% ../nbs/03_callback.ipynb #ce8fc2d5
+# %% ../nbs/03_callback.ipynb #10b44d4f
 @patch
 def __repr__(self:KnowledgeDistillationCallback):
     if self.session is not None and self.session.task is not None: return self.session.describe()
     return f"Distilling from {self.teacher}: {self.objective or 'the loss that suits the learner'}" if self.result is None else self.result.description
 
-# %% ../nbs/03_callback.ipynb #aedb689d
+# %% ../nbs/03_callback.ipynb #cc7dcd04
 @patch(as_prop=True)
 def loss_state(self:KnowledgeDistillationCallback) -> dict:
     "What the parameters of losses start from: what was loaded, else where the last fit of the same student left them"
@@ -129,7 +129,7 @@ def fit(self:Learner, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, star
 
 Learner.fit = fit
 
-# %% ../nbs/03_callback.ipynb #cc7495dc
+# %% ../nbs/03_callback.ipynb #7fc84dc1
 _export = Learner.export
 
 @functools.wraps(_export)

@@ -59,6 +59,8 @@ class KDLoss(nn.Module):
     too_few:str = ''           # ... and why, and what to use instead
     compares:str = None        # 'classes' for probabilities of classes, 'maps' for places in the map of each class: those need to know the class axis
     layers = None              # its own pairs of layers, `{student: teacher}`; `None` for those of the callback
+    channel_axis = None        # axis of the channels of its activations, or `(student's, teacher's)`; `None`: found out
+    needs_layout:bool = True   # must it be known where the channels are? If not, activations of an unknown layout come as they are
     methods:dict = None        # names in comparisons and their settings; by default the class name in lower case, at the paper's weights
 
     def __init__(self, T=None):
@@ -67,7 +69,7 @@ class KDLoss(nn.Module):
 
     def extra_repr(self): return '' if self.T is None else f'T={self.T}'
 
-# %% ../nbs/00_losses.ipynb #88bd045d
+# %% ../nbs/00_losses.ipynb #6c7ae082
 @patch
 def __call__(self:KDLoss, *args, **kwargs):
     "The loss of a batch"
@@ -78,7 +80,7 @@ def __call__(self:KDLoss, *args, **kwargs):
     if not torch.is_autocast_enabled(device): return nn.Module.__call__(self, **kwargs)
     with torch.autocast(device, enabled=False): return nn.Module.__call__(self, **kwargs)
 
-# %% ../nbs/00_losses.ipynb #518a011b
+# %% ../nbs/00_losses.ipynb #68cc72f9
 @patch(as_prop=True)
 def name(self:KDLoss): return type(self).__name__
 
@@ -91,7 +93,7 @@ def needs(self:KDLoss) -> list:
     named = [o for o in loss_inputs if o in self.arguments]
     return list(loss_inputs) if not named and any(p.kind is p.VAR_KEYWORD for p in self.arguments.values()) else named
 
-# %% ../nbs/00_losses.ipynb #759c8409
+# %% ../nbs/00_losses.ipynb #66571f7f
 @patch(as_prop=True)
 def needs_logits(self:KDLoss): return 'teacher_pred' in self.needs
 
@@ -101,7 +103,7 @@ def needs_features(self:KDLoss): return 'fm_s' in self.needs or 'fm_t' in self.n
 @patch(as_prop=True)
 def needs_labels(self:KDLoss): return 'target' in self.arguments and self.arguments['target'].default is Parameter.empty
 
-# %% ../nbs/00_losses.ipynb #3d9ef82c
+# %% ../nbs/00_losses.ipynb #596d2f2c
 @patch(as_prop=True)
 def has_parameters(self:KDLoss): return next(self.parameters(), None) is not None or type(self).build is not KDLoss.build
 
@@ -160,7 +162,7 @@ def logit_rows(
     keep = target != ignore_index
     return (s,t,target) if keep.all() else (s[keep],t[keep],target[keep])
 
-# %% ../nbs/00_losses.ipynb #60c48219
+# %% ../nbs/00_losses.ipynb #761f6b6a
 @patch
 def rows(self:KDLoss, pred, teacher_pred, target=None, axis=-1, ignore_index=None):
     "`logit_rows` of a batch. Raises `ValueError` for fewer classes than the loss can compare."
@@ -174,7 +176,7 @@ def _row_mean(x):
     "Mean of the losses `x` of rows, 0 where every row was left out"
     return x.mean() if len(x) else x.sum()
 
-# %% ../nbs/00_losses.ipynb #ea8c96f7
+# %% ../nbs/00_losses.ipynb #9fb2bec2
 def mean_logits(
     logits:list, # One tensor of logits for each model, all of one shape
     T:float|None=1., # Temperature at which probabilities are averaged; `None` for the plain mean
@@ -188,7 +190,7 @@ def mean_logits(
     log_p = (z/T).log_softmax(axis if axis < 0 else axis+1)  # the models are the first dimension
     return T*(log_p.logsumexp(0) - math.log(len(logits)))
 
-# %% ../nbs/00_losses.ipynb #cfc30ac6
+# %% ../nbs/00_losses.ipynb #bcc84317
 @patch
 def average(self:KDLoss,
     logits:list, # One tensor of logits for each teacher
@@ -201,7 +203,7 @@ def average(self:KDLoss,
     if self.ensemble == 'sigmoid': T,axis = T or 1.,None
     return mean_logits(logits, T, axis)
 
-# %% ../nbs/00_losses.ipynb #31d39ffc
+# %% ../nbs/00_losses.ipynb #29d0d037
 class FunctionLoss(KDLoss):
     "A function or a foreign module as a `KDLoss`."
     def __init__(self,
@@ -216,6 +218,8 @@ class FunctionLoss(KDLoss):
             raise TypeError(f"The loss {self.name} asks for {', '.join(more)}, but a loss can only ask for {', '.join(loss_inputs)}: "
                             "wrap it, e.g. `lambda pred, teacher_pred: F.mse_loss(pred, teacher_pred)`.")
 
+    needs_layout = False
+
     @property
     def needs_labels(self): return 'target' in self.needs
     @property
@@ -224,7 +228,7 @@ class FunctionLoss(KDLoss):
     def arguments(self): return signature(self.fn.forward if isinstance(self.fn, nn.Module) else self.fn).parameters
     def forward(self, **kwargs): return self.fn(**kwargs)
 
-# %% ../nbs/00_losses.ipynb #8b8d20b8
+# %% ../nbs/00_losses.ipynb #97d3b897
 def as_loss(
     o # A loss class, an instance, a `partial` of a class, a function or a module
 ) -> KDLoss:

@@ -2,6 +2,7 @@
 import pytest, torch
 import fastai.vision.all
 from torch import nn
+from fastai.basics import DataLoader, DataLoaders
 from fastai.callback.core import Callback
 from fastai.callback.schedule import *
 from fastai.callback.hook import *  # summary
@@ -87,12 +88,34 @@ def test_the_teacher_sees_its_own_inputs():
     assert seen[0] == (8,1,16,16)
 
 def test_the_forward_ends_after_the_last_layer_where_no_logits_are_needed():
-    teacher = Spy()
+    teacher = net(width=6, seed=7)
     ran = []
-    teacher.net.fc.register_forward_hook(lambda *args: ran.append('fc'))
-    teacher.net.conv2.register_forward_hook(lambda *args: ran.append('conv2'))
-    learner().fit(1, cbs=KnowledgeDistillationCallback(teacher, Attention, ['relu1'], ['net.relu1']))
+    teacher.fc.register_forward_hook(lambda *args: ran.append('fc'))
+    teacher.conv2.register_forward_hook(lambda *args: ran.append('conv2'))
+    learner().fit(1, cbs=KnowledgeDistillationCallback(teacher, Attention, ['relu1'], ['relu1']))
     assert ran == ['conv2','fc']  # the first batch alone: it shows what runs
+
+def test_a_teacher_with_a_hidden_state_always_runs_to_its_end():
+    "It would lose its state, or keep an old one"
+    class Remembers(nn.Module):
+        def __init__(self): super().__init__(); self.a,self.fc,self.n = nn.Linear(64,8),nn.Linear(8,3),0
+        def forward(self, x): z = self.fc(self.a(x.flatten(1))); self.n += 1; return z
+    teacher = Remembers()
+    learner(model=Remembers()).fit(2, cbs=KnowledgeDistillationCallback(teacher, FitNet, 'a', 'a'))
+    assert teacher.n == 6
+
+def test_a_layer_that_runs_more_often_for_other_inputs_is_not_stopped_early():
+    class Chunks(nn.Module):
+        def __init__(self): super().__init__(); torch.manual_seed(1); self.enc,self.fc = nn.Linear(1,6),nn.Linear(6,4)
+        def forward(self, x): return self.fc(torch.cat([self.enc(c[...,None]) for c in x.split(4, 1)], 1).mean(1))
+    t,seen = Chunks(),[]
+    def last(fm_s, fm_t):
+        seen.append(fm_t['enc','enc'].clone())
+        return fm_s['enc','enc'].mean()
+    data = [(torch.randn(8,n), torch.randint(3, (8,))) for n in (4,8,4,8,12)]
+    dls = DataLoaders(DataLoader(data, bs=None, num_workers=0), DataLoader(data[:1], bs=None, num_workers=0))
+    learner(dls, Chunks(), loss_func=nn.functional.cross_entropy).fit(1, cbs=KnowledgeDistillationCallback(t, last, 'enc', 'enc'))
+    for (x,_),a in zip(data, seen): assert torch.equal(a, t.enc(x[:,-4:,None]))
 
 def outside(learn):
     "What a learner does outside of a fit"

@@ -17,7 +17,8 @@ def test_wrong_names():
     with pytest.raises(ValueError, match=r"'conv2' \(2, 8, 4, 4\)"): find_layer(m, 'conv3', xb=torch.randn(2,1,8,8))
     with pytest.raises(ValueError, match='is a Parameter'): find_layer(m, 'fc.weight')
     with pytest.raises(ValueError, match='is a method'): find_layer(m, 'fc.forward')
-    with pytest.raises(TypeError, match="its name.*'fc'"): find_layer(m, m.fc)
+    assert find_layer(m, m.fc) is m.fc  # a layer itself is as good as its name
+    with pytest.raises(TypeError, match='modules of the student, got int 3'): find_layer(m, 3, 'student')
     with pytest.raises(TypeError, match='list'): find_layer(m, ['fc'])
     with pytest.raises(TypeError, match='function'): find_layer(m, lambda x: x)
     with pytest.raises(ValueError, match=r"'conv1' \(2, 4, 8, 8\)"): FeatureHooks(m, ['conv'], xb=torch.randn(2,1,8,8))

@@ -61,8 +61,8 @@ def test_class_names():
 def test_text_and_object_are_one():
     m = method('attention-paper+soft(T=3,weight=0.2)')
     cb = m.callback(torch.nn.Identity(), (['a'],['b']))
-    assert isinstance(cb, KnowledgeDistillationCallback) and [type(t.loss) for t in cb.terms] == [Attention,SoftTarget]
-    assert m.weights() == (0.8,[1000.,0.2]) and cb.terms[1].loss.T == 3
+    assert isinstance(cb, KnowledgeDistillationCallback) and [type(t.loss) for t in cb.objective.terms] == [Attention,SoftTarget]
+    assert m.weights() == (0.8,[1000.,0.2]) and cb.objective.terms[1].loss.T == 3
     assert method('soft(T=7, weight=0.7)').settings() == Method('mine', SoftTarget(T=7), weight=0.7).settings()
 
 def test_the_student_alone_has_no_callback():
@@ -85,7 +85,7 @@ def test_layers_are_for_losses_that_compare_them():
 
 def test_losses_are_not_copied():
     loss = Similarity()
-    assert Method('mine', loss).callback(torch.nn.Identity(), (['a','b'],['c','d'])).terms[0].loss is loss and loss.layers is None
+    assert Method('mine', loss).callback(torch.nn.Identity(), (['a','b'],['c','d'])).objective.terms[0].loss.layers == [('b','d')] and loss.layers is None
     assert [l.paper_layers for l in (Similarity,RKD,FitNet)] == ['last','last','all']
 
 def test_a_schedule_by_name():

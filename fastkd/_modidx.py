@@ -660,6 +660,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fastkd.session.autocast_left': ('session.html#autocast_left', 'fastkd/session.py'),
                                 'fastkd.session.check_graph': ('session.html#check_graph', 'fastkd/session.py'),
                                 'fastkd.session.layer_pairs': ('session.html#layer_pairs', 'fastkd/session.py'),
+                                'fastkd.session.load_loss': ('session.html#load_loss', 'fastkd/session.py'),
                                 'fastkd.session.number_of_items': ('session.html#number_of_items', 'fastkd/session.py'),
                                 'fastkd.session.refuse': ('session.html#refuse', 'fastkd/session.py'),
                                 'fastkd.session.refuse_layers': ('session.html#refuse_layers', 'fastkd/session.py'),

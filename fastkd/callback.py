@@ -69,12 +69,12 @@ class KnowledgeDistillationCallback(Callback):
         "Take back all that a fit changed, however it ended"
         if self.session is None: return
         try:
-            if self.session.task is not None and not self.session.is_lr_find: self.result,self.loaded = Result(self.session),None
+            if len(self.session.curves) and not self.session.is_lr_find: self.result,self.loaded = Result(self.session),None
         finally:
             self.session.close()
             self.session = None
 
-# %% ../nbs/03_callback.ipynb #01512672
+# %% ../nbs/03_callback.ipynb #39b6fcf4
 @patch(as_prop=True)
 def curves(self:KnowledgeDistillationCallback) -> dict:
     "`{'train': {term: a value for each batch}, 'steps': batches trained by the end of each epoch}`; empty before the first fit."
@@ -87,13 +87,13 @@ def pairs(self:KnowledgeDistillationCallback) -> list:
     if self.session is not None: return self.session.all_pairs
     return (self.named_pairs or []) if self.result is None else self.result.pairs
 
-# %% ../nbs/03_callback.ipynb #10b44d4f
+# %% ../nbs/03_callback.ipynb #b6f627f7
 @patch
 def __repr__(self:KnowledgeDistillationCallback):
     if self.session is not None and self.session.task is not None: return self.session.describe()
     return f"Distilling from {self.teacher}: {self.objective or 'the loss that suits the learner'}" if self.result is None else self.result.description
 
-# %% ../nbs/03_callback.ipynb #cc7dcd04
+# %% ../nbs/03_callback.ipynb #2d9e296a
 @patch(as_prop=True)
 def loss_state(self:KnowledgeDistillationCallback) -> dict:
     "What the parameters of losses start from: what was loaded, else where the last fit of the same student left them"
@@ -108,7 +108,8 @@ def state_dict(self:KnowledgeDistillationCallback) -> dict:
 
 @patch
 def load_state_dict(self:KnowledgeDistillationCallback, state:dict):
-    "Let the losses of the next fit go on from `state`, a `state_dict()`."
+    "Let the losses of the next fit go on from `state`, a `state_dict()`. Raises `ValueError` for anything else."
+    if state and not (isinstance(state, dict) and 'losses' in state): raise ValueError(f"A state is what `kd.state_dict()` returned, got {state!r}.")
     self.loaded = state or None
 
 # %% ../nbs/03_callback.ipynb #1651b7fb
@@ -129,7 +130,7 @@ def fit(self:Learner, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, star
 
 Learner.fit = fit
 
-# %% ../nbs/03_callback.ipynb #7fc84dc1
+# %% ../nbs/03_callback.ipynb #b743cd12
 _export = Learner.export
 
 @functools.wraps(_export)

@@ -10,6 +10,7 @@ from fastai.basics import L, Learner
 from fastai.callback.core import Callback
 from .layers import unwrap
 from .objective import Objective, suited_loss
+from .online_teachers import average_gradients
 from .session import Result, Session, as_pairs, autocast_left
 from .teacher import Teacher
 
@@ -57,7 +58,7 @@ class KnowledgeDistillationCallback(Callback):
 
     def before_step(self):
         "Average the gradients of the losses' parameters over processes"
-        if self.session is not None: self.session.loss_params.average()
+        if self.session is not None: average_gradients(self.session.loss_params.params)
 
     def after_fit(self):
         "Close the session with the fit that opened it"
@@ -74,7 +75,7 @@ class KnowledgeDistillationCallback(Callback):
             self.session.close()
             self.session = None
 
-# %% ../nbs/03_callback.ipynb #39b6fcf4
+# %% ../nbs/03_callback.ipynb #5d98b07d
 @patch(as_prop=True)
 def curves(self:KnowledgeDistillationCallback) -> dict:
     "`{'train': {term: a value for each batch}, 'steps': batches trained by the end of each epoch}`; empty before the first fit."
@@ -87,13 +88,13 @@ def pairs(self:KnowledgeDistillationCallback) -> list:
     if self.session is not None: return self.session.all_pairs
     return (self.named_pairs or []) if self.result is None else self.result.pairs
 
-# %% ../nbs/03_callback.ipynb #b6f627f7
+# %% ../nbs/03_callback.ipynb #ad723da9
 @patch
 def __repr__(self:KnowledgeDistillationCallback):
     if self.session is not None and self.session.task is not None: return self.session.describe()
     return f"Distilling from {self.teacher}: {self.objective or 'the loss that suits the learner'}" if self.result is None else self.result.description
 
-# %% ../nbs/03_callback.ipynb #2d9e296a
+# %% ../nbs/03_callback.ipynb #bb9211c2
 @patch(as_prop=True)
 def loss_state(self:KnowledgeDistillationCallback) -> dict:
     "What the parameters of losses start from: what was loaded, else where the last fit of the same student left them"
@@ -130,7 +131,7 @@ def fit(self:Learner, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, star
 
 Learner.fit = fit
 
-# %% ../nbs/03_callback.ipynb #b743cd12
+# %% ../nbs/03_callback.ipynb #20108273
 _export = Learner.export
 
 @functools.wraps(_export)

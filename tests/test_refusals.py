@@ -76,8 +76,9 @@ def test_the_student_as_its_own_teacher():
 
 def test_a_function_as_teacher_has_no_layers(): refused(ValueError, 'no layers', lambda x: x, Attention, 'conv1', 'conv1')
 
-@pytest.mark.parametrize('loss', ['SoftTarget', 3])
-def test_no_loss(loss): refused(TypeError, 'function', net(), loss)
+def test_no_loss():
+    refused(TypeError, 'function, got 3', net(), 3)
+    refused(TypeError, r'write `\[SoftTarget\(T=4\), FitNet\(\)\]`', net(), 'soft(T=4)+fitnet')
 
 def test_an_empty_list_of_losses(): refused(ValueError, 'empty', net(), [])
 

@@ -25,7 +25,7 @@ __all__ = ['TeacherOutput', 'Knowledge', 'logits_of', 'has_several', 'makes_mode
            'architecture', 'digest', 'copy_of', 'Teacher', 'normalization_between', 'own_dtype', 'eval_when_called',
            'at_rest', 'described']
 
-# %% ../nbs/02_teacher.ipynb #fa842744
+# %% ../nbs/02_teacher.ipynb #e8c4325f
 #: what a teacher says of a batch: `logits`, a tensor for each model, and `activations`, a dictionary from layer name to tensor
 TeacherOutput = namedtuple('TeacherOutput', 'logits activations')
 
@@ -57,14 +57,14 @@ def _model_of(teacher):
     got = f"the class {teacher.__name__}" if isinstance(teacher, type) else f"{type(teacher).__name__} ({teacher!r})"
     raise TypeError(f"A teacher is a trained model (an `nn.Module`), a `Learner`, a callable from inputs to logits, or a list of these, got {got}.")
 
-# %% ../nbs/02_teacher.ipynb #0b1df1a6
+# %% ../nbs/02_teacher.ipynb #1c281fa2
 def makes_models(
     f # What was given as a teacher
 ) -> bool:
     "Is `f` a function such as torchvision's `resnet34`, which makes a model and computes no logits?"
     return inspect.isfunction(f) and bool({'weights','pretrained'} & set(inspect.signature(f).parameters))
 
-# %% ../nbs/02_teacher.ipynb #aa4893b1
+# %% ../nbs/02_teacher.ipynb #5df7f275
 #: what a teacher's `Learner` knows: `classes` and `words` (lists), `normalize` (mean and std of each channel; `()` for none); `None` for what is not known
 Knowledge = namedtuple('Knowledge', 'classes words normalize', defaults=(None,None,None))
 
@@ -80,7 +80,7 @@ def knowledge_of(
     mean_std = () if norm is None or norm.mean is None else tuple(torch.as_tensor(o).flatten().tolist() for o in (norm.mean,norm.std))
     return Knowledge(classes, words, mean_std if dls is not None else None)
 
-# %% ../nbs/02_teacher.ipynb #ecc9dcb1
+# %% ../nbs/02_teacher.ipynb #9340b10d
 def class_positions(
     student:list, # Classes of the student, in the order of its logits
     teacher:list # Classes of the teacher
@@ -100,7 +100,7 @@ def architecture(
     "The layers of `model` as text that is the same in every process: without the addresses of functions in it."
     return re.sub(' at 0x[0-9a-f]+', '', str(model))
 
-# %% ../nbs/02_teacher.ipynb #227b45e2
+# %% ../nbs/02_teacher.ipynb #724d5901
 def digest(
     models, # Modules
     *settings # What else decides their outputs
@@ -115,7 +115,7 @@ def digest(
                 if isinstance(t, Tensor): h.update(f'{name} {tuple(t.shape)} {t.dtype} {row_keys(t.reshape(1,-1)).item() if t.numel() else 0}'.encode())
     return h.hexdigest()
 
-# %% ../nbs/02_teacher.ipynb #79a3cb5b
+# %% ../nbs/02_teacher.ipynb #a45f7cca
 def copy_of(
     model # A model
 ) -> nn.Module:
@@ -152,7 +152,7 @@ class Teacher:
         # for the student's data: positions of its classes among each model's, and how each model's inputs are normalized anew
         self.positions,self.renormalize = [None]*len(given),[None]*len(given)
 
-# %% ../nbs/02_teacher.ipynb #5474bae2
+# %% ../nbs/02_teacher.ipynb #de6a7afb
 @patch
 def _new_cache(self:Teacher, cache, topk):
     if not cache:
@@ -164,7 +164,7 @@ def _new_cache(self:Teacher, cache, topk):
         raise ValueError("A cache in a folder knows its teacher by its weights, which a function does not show: use `cache=True`, or an `nn.Module`.")
     return LogitsCache(None if cache is True else cache, topk)
 
-# %% ../nbs/02_teacher.ipynb #910ff35b
+# %% ../nbs/02_teacher.ipynb #b6ec30ab
 @patch
 def knowledge(self:Teacher, i:int) -> Knowledge:
     "What is known of model `i`: what the user says, else what its `Learner` does"
@@ -191,7 +191,7 @@ def adapt(self:Teacher,
         self._warn_of_config(self.models[i], student, known)
     return list(dict.fromkeys(notes))
 
-# %% ../nbs/02_teacher.ipynb #80df9985
+# %% ../nbs/02_teacher.ipynb #445b223a
 def normalization_between(
     student, # `(mean, std)` of the student's images, `()` for none
     teacher # The same of the teacher's; `None` if it is not known
@@ -211,7 +211,7 @@ def _warn_of_config(self:Teacher, model, student, known):
     if normalization_between(student.normalize, (mean,std)) is not None:
         warnings.warn(f"The teacher's configuration names images normalized with mean {tuple(mean)} and std {tuple(std)}, which the student's data are not. If it was trained so, say `Teacher(model, normalize=({tuple(mean)}, {tuple(std)}))`.")
 
-# %% ../nbs/02_teacher.ipynb #8ec0e36c
+# %% ../nbs/02_teacher.ipynb #e642011e
 @patch
 def inputs_of(self:Teacher, *xb) -> tuple:
     "The first model's inputs for the student's"
@@ -234,13 +234,13 @@ def _formatted(self:Teacher, i, x):
     if dtype == torch.float32 and torch.is_autocast_enabled(x.device.type): dtype = x.dtype
     return x.to(dtype, memory_format=torch.channels_last if self.channels_last and x.ndim == 4 else torch.preserve_format, copy=True)
 
-# %% ../nbs/02_teacher.ipynb #ab7d7dc9
+# %% ../nbs/02_teacher.ipynb #f41e1cc0
 def own_dtype(model) -> torch.dtype|None:
     "The dtype of a model's floating point parameters, `None` if there are none or several"
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} if isinstance(model, nn.Module) else set()
     return dtypes.pop() if len(dtypes) == 1 else None
 
-# %% ../nbs/02_teacher.ipynb #72328cdc
+# %% ../nbs/02_teacher.ipynb #1dd1a90f
 @patch
 @torch.no_grad()
 def run(self:Teacher,
@@ -259,7 +259,7 @@ def __call__(self:Teacher, *xb) -> Tensor:
     "The logits for the inputs `xb`; of an ensemble those of the mean probabilities, the classes on the last axis."
     return mean_logits(self.run(*xb).logits)
 
-# %% ../nbs/02_teacher.ipynb #75aa23dc
+# %% ../nbs/02_teacher.ipynb #36009e17
 @contextmanager
 def eval_when_called():
     "Within the block each module is in eval mode from when it is called; afterwards each is in its own again."
@@ -282,7 +282,7 @@ def at_rest(
     owner = getattr(model, '__self__', model)
     return evaluating(owner) if isinstance(owner, nn.Module) else eval_when_called()
 
-# %% ../nbs/02_teacher.ipynb #b5a1485e
+# %% ../nbs/02_teacher.ipynb #2990ed6d
 @patch
 @contextmanager
 def _resting(self:Teacher, xb):
@@ -316,7 +316,7 @@ def _hooks(self:Teacher, layers, xb):
     if layers not in self.hooks: self.hooks[layers] = FeatureHooks(self.model, layers, 'teacher', self._inputs(0, *xb))
     return self.hooks[layers]
 
-# %% ../nbs/02_teacher.ipynb #08518c18
+# %% ../nbs/02_teacher.ipynb #aeaf95ea
 @patch
 def logits_for(self:Teacher,
     output:TeacherOutput, # Of `run`
@@ -330,13 +330,13 @@ def logits_for(self:Teacher,
     if self.probs: zs = [z.logit(eps=1e-7) if kind == 'binary' else z.clamp(min=torch.finfo(z.dtype).tiny).log() for z in zs]
     return [z if p is None else z.index_select(-1 if axis is None else axis, torch.tensor(p, device=z.device)) for z,p in zip(zs, self.positions)]
 
-# %% ../nbs/02_teacher.ipynb #17ed3744
+# %% ../nbs/02_teacher.ipynb #3a05b2f6
 @patch(as_prop=True)
 def model(self:Teacher):
     "The first model, the one whose activations are compared; while open, as it runs"
     return (self.running or self.models)[0]
 
-# %% ../nbs/02_teacher.ipynb #830dffd4
+# %% ../nbs/02_teacher.ipynb #03b8f668
 @patch
 def open(self:Teacher,
     device=None, # Where the student's inputs are; `None` to leave the models where they are
@@ -358,7 +358,7 @@ def _move(self:Teacher, model, device):
     self.moved.append((model, *homes))
     model.to(device)
 
-# %% ../nbs/02_teacher.ipynb #48064fbd
+# %% ../nbs/02_teacher.ipynb #40e8c6c3
 @patch
 def close(self:Teacher):
     "Put the models back where they were."
@@ -385,7 +385,7 @@ def on(self:Teacher,
         yield self
     finally: self.close()
 
-# %% ../nbs/02_teacher.ipynb #c8cd82eb
+# %% ../nbs/02_teacher.ipynb #cd936ecd
 @patch
 def begin(self:Teacher, learn):
     "Called before the first batch of a distillation in `learn`."
@@ -405,7 +405,7 @@ def reset(self:Teacher):
     for m in self.running or self.models:
         if hasattr(m, 'reset'): m.reset()
 
-# %% ../nbs/02_teacher.ipynb #0cbc48c0
+# %% ../nbs/02_teacher.ipynb #6c29d0e8
 @patch
 def _cached(self:Teacher, *xb):
     "The logits from the cache; the models run on inputs that are new to it"
@@ -419,7 +419,7 @@ def _cached(self:Teacher, *xb):
         self.cache.put([keys[i] for i in new], torch.stack(z, 1))
     return list(self.cache.get(keys).to(find_device(xb)).unbind(1))
 
-# %% ../nbs/02_teacher.ipynb #cbbaa15e
+# %% ../nbs/02_teacher.ipynb #92fbfb7f
 @patch
 def __repr__(self:Teacher):
     settings = dict(dtype=self.dtype, channels_last=self.channels_last, compile=self.compile, inputs=self.inputs, outputs=self.outputs, probs=self.probs, cache=self.cache)

@@ -677,6 +677,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'fastkd.similarity.layer_similarity': ('similarity.html#layer_similarity', 'fastkd/similarity.py')},
             'fastkd.task': { 'fastkd.task.LossFacts': ('task.html#lossfacts', 'fastkd/task.py'),
                              'fastkd.task.Task': ('task.html#task', 'fastkd/task.py'),
+                             'fastkd.task.Task.one_label_each': ('task.html#task.one_label_each', 'fastkd/task.py'),
                              'fastkd.task.Task.refuse': ('task.html#task.refuse', 'fastkd/task.py'),
                              'fastkd.task.Task.refuse_labels': ('task.html#task.refuse_labels', 'fastkd/task.py'),
                              'fastkd.task._attribute': ('task.html#_attribute', 'fastkd/task.py'),

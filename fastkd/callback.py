@@ -29,14 +29,15 @@ class KnowledgeDistillationCallback(Callback):
         loss=None, # A loss class, an instance, a `partial`, a function, or a list of these; left out, the one that suits the learner's loss function
         activations_student:str|list=None, # Names of the student's layers to compare; see `get_model_layers`. Left out, `match_layers` finds pairs
         activations_teacher:str|list=None, # Names of the teacher's layers, paired with the student's in order
-        weight:float|list|str=None, # Weight of the distillation term, shared by several losses, or one for each, or 'paper'. Left out: 0.5 for losses on logits, the papers' for losses on activations
+        weight:float|list|str=None, # Weight of the distillation terms, or one for each, or 'paper'. Left out: 0.5 on logits, the papers' on activations
         label_weight:float=None, # Weight of the learner's own loss; `None`: what the weights leave of 1, or the papers' (the smallest)
         schedule=None, # An annealer of training progress such as `SchedCos(0, 1)`, multiplied into the terms' weights
         axis:int=None, # The class axis of the logits, if the loss function and the labels do not tell
         ignore_index:int=None, # The label to leave out, if the loss function does not tell
         valid=None # Does nothing; validation is always the student's own
     ):
-        if valid is not None: warnings.warn("`valid` does nothing any more: in validation the loss and the metrics are always the student's own.")
+        if valid is not None:
+            warnings.warn("`valid` does nothing any more: in validation the loss and the metrics are always the student's own.")
         self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
         self.weights = dict(weight=weight, label_weight=label_weight, schedule=schedule)
         self.objective = None if loss is None else Objective(loss, **self.weights)
@@ -75,7 +76,7 @@ class KnowledgeDistillationCallback(Callback):
             self.session.close()
             self.session = None
 
-# %% ../nbs/03_callback.ipynb #373f41b1
+# %% ../nbs/03_callback.ipynb #fc65810b
 @patch(as_prop=True)
 def curves(self:KnowledgeDistillationCallback) -> dict:
     "`{'train': {term: a value for each batch}, 'steps': batches trained by the end of each epoch}`; empty before the first fit."
@@ -88,13 +89,13 @@ def pairs(self:KnowledgeDistillationCallback) -> list:
     if self.session is not None: return self.session.all_pairs
     return (self.named_pairs or []) if self.result is None else self.result.pairs
 
-# %% ../nbs/03_callback.ipynb #f18edb6e
+# %% ../nbs/03_callback.ipynb #9d12c95a
 @patch
 def __repr__(self:KnowledgeDistillationCallback):
     if self.session is not None and self.session.task is not None: return self.session.describe()
     return f"Distilling from {self.teacher}: {self.objective or 'the loss that suits the learner'}" if self.result is None else self.result.description
 
-# %% ../nbs/03_callback.ipynb #45cf2bf6
+# %% ../nbs/03_callback.ipynb #18e81054
 @patch(as_prop=True)
 def loss_state(self:KnowledgeDistillationCallback) -> dict:
     "What the parameters of losses start from: what was loaded, else where the last fit of the same student left them"
@@ -110,7 +111,8 @@ def state_dict(self:KnowledgeDistillationCallback) -> dict:
 @patch
 def load_state_dict(self:KnowledgeDistillationCallback, state:dict):
     "Let the losses of the next fit go on from `state`, a `state_dict()`. Raises `ValueError` for anything else."
-    if state and not (isinstance(state, dict) and 'losses' in state): raise ValueError(f"A state is what `kd.state_dict()` returned, got {state!r}.")
+    if state and not (isinstance(state, dict) and 'losses' in state):
+        raise ValueError(f"A state is what `kd.state_dict()` returned, got {state!r}.")
     self.loaded = state or None
 
 # %% ../nbs/03_callback.ipynb #1651b7fb
@@ -120,7 +122,8 @@ _fit = Learner.fit
 def fit(self:Learner, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
     kds = [cb for cb in L(cbs)+self.cbs if isinstance(cb, KnowledgeDistillationCallback)]
     if len(kds) > 1:
-        raise ValueError("There are two distillation callbacks in this fit (or one both in the learner and in `fit(cbs=)`): give one, with a list of losses or of teachers.")
+        raise ValueError("There are two distillation callbacks in this fit (or one both in the learner and in `fit(cbs=)`): "
+                         "give one, with a list of losses or of teachers.")
     for kd in kds:
         kd.close()  # what an earlier fit may have left open
         if reset_opt: kd.result = None
@@ -131,7 +134,7 @@ def fit(self:Learner, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, star
 
 Learner.fit = fit
 
-# %% ../nbs/03_callback.ipynb #d0a23088
+# %% ../nbs/03_callback.ipynb #ebd189d7
 _export = Learner.export
 
 @functools.wraps(_export)

@@ -25,7 +25,7 @@ __all__ = ['TeacherOutput', 'Knowledge', 'logits_of', 'has_several', 'makes_mode
            'architecture', 'digest', 'copy_of', 'Teacher', 'normalization_between', 'own_dtype', 'eval_when_called',
            'at_rest', 'described']
 
-# %% ../nbs/02_teacher.ipynb #e8c4325f
+# %% ../nbs/02_teacher.ipynb #ee03aa3a
 #: what a teacher says of a batch: `logits`, a tensor for each model, and `activations`, a dictionary from layer name to tensor
 TeacherOutput = namedtuple('TeacherOutput', 'logits activations')
 
@@ -34,11 +34,15 @@ def logits_of(
     output # The output of a model
 ) -> Tensor:
     "The logits in a model's output: its `logits` if it has them, else its first tensor. Raises `TypeError` if there is no tensor."
-    if isinstance(output, nn.Module): raise TypeError(f"The teacher returned a model ({type(output).__name__}): it is a function that makes a model, so call it.")
+    if isinstance(output, nn.Module):
+        raise TypeError(f"The teacher returned a model ({type(output).__name__}): it is a function that makes a model, so "
+                        "call it.")
     found = output.get('logits', output) if isinstance(output, Mapping) else getattr(output, 'logits', output)
     if isinstance(found, np.ndarray): found = torch.from_numpy(np.ascontiguousarray(found))
     logits = first_tensor(found)
-    if logits is None: raise TypeError(f"A model returned {type(output).__name__}, which contains no tensor to take as logits; map it with `Teacher(outputs=fn)`.")
+    if logits is None:
+        raise TypeError(f"A model returned {type(output).__name__}, which contains no tensor to take as logits; map it with "
+                        "`Teacher(outputs=fn)`.")
     return logits.clone() if logits.is_inference() else logits  # inference tensors cannot be saved for the student's backward
 
 def has_several(output) -> bool:
@@ -51,20 +55,24 @@ def has_several(output) -> bool:
 def _model_of(teacher):
     "The model in what a user may pass as a teacher"
     if isinstance(teacher, Learner): return teacher.model
-    if isinstance(teacher, Teacher): raise TypeError(f"A list of teachers holds models, but one of them is a {type(teacher).__name__}: give it alone, or a list of models.")
-    if makes_models(teacher): raise TypeError(f"The teacher {getattr(teacher, '__name__', teacher)!r} is a function that makes a model: call it.")
+    if isinstance(teacher, Teacher):
+        raise TypeError(f"A list of teachers holds models, but one of them is a {type(teacher).__name__}: give it alone, or a "
+                        "list of models.")
+    if makes_models(teacher):
+        raise TypeError(f"The teacher {getattr(teacher, '__name__', teacher)!r} is a function that makes a model: call it.")
     if callable(teacher) and not isinstance(teacher, type): return teacher
     got = f"the class {teacher.__name__}" if isinstance(teacher, type) else f"{type(teacher).__name__} ({teacher!r})"
-    raise TypeError(f"A teacher is a trained model (an `nn.Module`), a `Learner`, a callable from inputs to logits, or a list of these, got {got}.")
+    raise TypeError("A teacher is a trained model (an `nn.Module`), a `Learner`, a callable from inputs to logits, or a "
+                    f"list of these, got {got}.")
 
-# %% ../nbs/02_teacher.ipynb #1c281fa2
+# %% ../nbs/02_teacher.ipynb #e69bc491
 def makes_models(
     f # What was given as a teacher
 ) -> bool:
     "Is `f` a function such as torchvision's `resnet34`, which makes a model and computes no logits?"
     return inspect.isfunction(f) and bool({'weights','pretrained'} & set(inspect.signature(f).parameters))
 
-# %% ../nbs/02_teacher.ipynb #5df7f275
+# %% ../nbs/02_teacher.ipynb #4c4ac5a6
 #: what a teacher's `Learner` knows: `classes` and `words` (lists), `normalize` (mean and std of each channel; `()` for none); `None` for what is not known
 Knowledge = namedtuple('Knowledge', 'classes words normalize', defaults=(None,None,None))
 
@@ -80,7 +88,7 @@ def knowledge_of(
     mean_std = () if norm is None or norm.mean is None else tuple(torch.as_tensor(o).flatten().tolist() for o in (norm.mean,norm.std))
     return Knowledge(classes, words, mean_std if dls is not None else None)
 
-# %% ../nbs/02_teacher.ipynb #9340b10d
+# %% ../nbs/02_teacher.ipynb #1940177b
 def class_positions(
     student:list, # Classes of the student, in the order of its logits
     teacher:list # Classes of the teacher
@@ -100,7 +108,7 @@ def architecture(
     "The layers of `model` as text that is the same in every process: without the addresses of functions in it."
     return re.sub(' at 0x[0-9a-f]+', '', str(model))
 
-# %% ../nbs/02_teacher.ipynb #724d5901
+# %% ../nbs/02_teacher.ipynb #9e3adc57
 def digest(
     models, # Modules
     *settings # What else decides their outputs
@@ -115,7 +123,7 @@ def digest(
                 if isinstance(t, Tensor): h.update(f'{name} {tuple(t.shape)} {t.dtype} {row_keys(t.reshape(1,-1)).item() if t.numel() else 0}'.encode())
     return h.hexdigest()
 
-# %% ../nbs/02_teacher.ipynb #a45f7cca
+# %% ../nbs/02_teacher.ipynb #efc01909
 def copy_of(
     model # A model
 ) -> nn.Module:
@@ -152,38 +160,45 @@ class Teacher:
         # for the student's data: positions of its classes among each model's, and how each model's inputs are normalized anew
         self.positions,self.renormalize = [None]*len(given),[None]*len(given)
 
-# %% ../nbs/02_teacher.ipynb #de6a7afb
+# %% ../nbs/02_teacher.ipynb #318edc6e
 @patch
 def _new_cache(self:Teacher, cache, topk):
     if not cache:
         if topk is not None: raise ValueError("`topk` says what a `cache` keeps of the logits: give a `cache` too.")
         return None
     if any(hasattr(m, 'reset') for m in self.models):
-        raise ValueError("The teacher has a hidden state (`reset`): its output for an input depends on earlier inputs, so it cannot be cached.")
+        raise ValueError("The teacher has a hidden state (`reset`): its output for an input depends on earlier inputs, so it "
+                         "cannot be cached.")
     if cache is not True and not all(isinstance(m, nn.Module) for m in self.models):
-        raise ValueError("A cache in a folder knows its teacher by its weights, which a function does not show: use `cache=True`, or an `nn.Module`.")
+        raise ValueError("A cache in a folder knows its teacher by its weights, which a function does not show: use "
+                         "`cache=True`, or an `nn.Module`.")
     return LogitsCache(None if cache is True else cache, topk)
 
-# %% ../nbs/02_teacher.ipynb #b6ec30ab
+# %% ../nbs/02_teacher.ipynb #cf3f8cf6
 @patch
 def knowledge(self:Teacher, i:int) -> Knowledge:
     "What is known of model `i`: what the user says, else what its `Learner` does"
     learner = self.learners[i]
     known = knowledge_of(learner.dls if learner is not None else None)
-    return known._replace(classes=known.classes if self.vocab is None else list(self.vocab), normalize=known.normalize if self.normalize is None else self.normalize)
+    said = dict(classes=self.vocab and list(self.vocab), normalize=self.normalize)
+    return known._replace(**{k: v for k,v in said.items() if v is not None})
 
 @patch
 def adapt(self:Teacher,
     dls # The student's `DataLoaders`
 ) -> list:
-    "Map the student's classes and normalization to each model's; returns what was done, in words. Raises `ValueError` for classes or words that the teacher does not know, and for weights that are not there."
+    """Map the student's classes and normalization to each model's; returns what was done, in words.
+
+    Raises `ValueError` for classes or words that the teacher does not know, and for weights that are not there."""
     if any(isinstance(m, nn.Module) and any(p.is_meta for p in m.parameters()) for m in self.models):
         raise ValueError("The teacher is on the device 'meta', where it has no weights: load them first.")
     student,notes = knowledge_of(dls),[]
     for i in range(len(self.models)):
         known = self.knowledge(i)
         if student.words is not None and known.words is not None and student.words != known.words:
-            raise ValueError("Teacher and student have different word vocabularies, so the same number is another word to each: build the student's data with the teacher's, e.g. `TextDataLoaders.from_df(..., text_vocab=teacher.dls.vocab)`.")
+            raise ValueError("Teacher and student have different word vocabularies, so the same number is another word to each: "
+                             "build the student's data with the teacher's, e.g. `TextDataLoaders.from_df(..., "
+                             "text_vocab=teacher.dls.vocab)`.")
         self.positions[i] = class_positions(student.classes, known.classes)
         if self.positions[i]: notes.append(f"the teacher's classes ({len(known.classes)}) are mapped to the student's ({len(student.classes)})")
         self.renormalize[i] = normalization_between(student.normalize, known.normalize)
@@ -191,7 +206,7 @@ def adapt(self:Teacher,
         self._warn_of_config(self.models[i], student, known)
     return list(dict.fromkeys(notes))
 
-# %% ../nbs/02_teacher.ipynb #445b223a
+# %% ../nbs/02_teacher.ipynb #7b7ce07e
 def normalization_between(
     student, # `(mean, std)` of the student's images, `()` for none
     teacher # The same of the teacher's; `None` if it is not known
@@ -209,9 +224,11 @@ def _warn_of_config(self:Teacher, model, student, known):
     if known.normalize is not None or not isinstance(config, Mapping) or 'mean' not in config or student.normalize is None: return
     mean,std = config['mean'],config['std']
     if normalization_between(student.normalize, (mean,std)) is not None:
-        warnings.warn(f"The teacher's configuration names images normalized with mean {tuple(mean)} and std {tuple(std)}, which the student's data are not. If it was trained so, say `Teacher(model, normalize=({tuple(mean)}, {tuple(std)}))`.")
+        warnings.warn(f"The teacher's configuration names images normalized with mean {tuple(mean)} and std {tuple(std)}, "
+                      "which the student's data are not. If it was trained so, say `Teacher(model, "
+                      f"normalize=({tuple(mean)}, {tuple(std)}))`.")
 
-# %% ../nbs/02_teacher.ipynb #e642011e
+# %% ../nbs/02_teacher.ipynb #a4f8e09c
 @patch
 def inputs_of(self:Teacher, *xb) -> tuple:
     "The first model's inputs for the student's"
@@ -234,13 +251,13 @@ def _formatted(self:Teacher, i, x):
     if dtype == torch.float32 and torch.is_autocast_enabled(x.device.type): dtype = x.dtype
     return x.to(dtype, memory_format=torch.channels_last if self.channels_last and x.ndim == 4 else torch.preserve_format, copy=True)
 
-# %% ../nbs/02_teacher.ipynb #f41e1cc0
+# %% ../nbs/02_teacher.ipynb #f9a5baec
 def own_dtype(model) -> torch.dtype|None:
     "The dtype of a model's floating point parameters, `None` if there are none or several"
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} if isinstance(model, nn.Module) else set()
     return dtypes.pop() if len(dtypes) == 1 else None
 
-# %% ../nbs/02_teacher.ipynb #1dd1a90f
+# %% ../nbs/02_teacher.ipynb #585ec719
 @patch
 @torch.no_grad()
 def run(self:Teacher,
@@ -259,7 +276,7 @@ def __call__(self:Teacher, *xb) -> Tensor:
     "The logits for the inputs `xb`; of an ensemble those of the mean probabilities, the classes on the last axis."
     return mean_logits(self.run(*xb).logits)
 
-# %% ../nbs/02_teacher.ipynb #36009e17
+# %% ../nbs/02_teacher.ipynb #ef094ecd
 @contextmanager
 def eval_when_called():
     "Within the block each module is in eval mode from when it is called; afterwards each is in its own again."
@@ -282,7 +299,7 @@ def at_rest(
     owner = getattr(model, '__self__', model)
     return evaluating(owner) if isinstance(owner, nn.Module) else eval_when_called()
 
-# %% ../nbs/02_teacher.ipynb #2990ed6d
+# %% ../nbs/02_teacher.ipynb #7f87d291
 @patch
 @contextmanager
 def _resting(self:Teacher, xb):
@@ -316,7 +333,7 @@ def _hooks(self:Teacher, layers, xb):
     if layers not in self.hooks: self.hooks[layers] = FeatureHooks(self.model, layers, 'teacher', self._inputs(0, *xb))
     return self.hooks[layers]
 
-# %% ../nbs/02_teacher.ipynb #aeaf95ea
+# %% ../nbs/02_teacher.ipynb #af922f09
 @patch
 def logits_for(self:Teacher,
     output:TeacherOutput, # Of `run`
@@ -330,13 +347,13 @@ def logits_for(self:Teacher,
     if self.probs: zs = [z.logit(eps=1e-7) if kind == 'binary' else z.clamp(min=torch.finfo(z.dtype).tiny).log() for z in zs]
     return [z if p is None else z.index_select(-1 if axis is None else axis, torch.tensor(p, device=z.device)) for z,p in zip(zs, self.positions)]
 
-# %% ../nbs/02_teacher.ipynb #3a05b2f6
+# %% ../nbs/02_teacher.ipynb #f61fe052
 @patch(as_prop=True)
 def model(self:Teacher):
     "The first model, the one whose activations are compared; while open, as it runs"
     return (self.running or self.models)[0]
 
-# %% ../nbs/02_teacher.ipynb #03b8f668
+# %% ../nbs/02_teacher.ipynb #82bd967f
 @patch
 def open(self:Teacher,
     device=None, # Where the student's inputs are; `None` to leave the models where they are
@@ -358,7 +375,7 @@ def _move(self:Teacher, model, device):
     self.moved.append((model, *homes))
     model.to(device)
 
-# %% ../nbs/02_teacher.ipynb #40e8c6c3
+# %% ../nbs/02_teacher.ipynb #e623e018
 @patch
 def close(self:Teacher):
     "Put the models back where they were."
@@ -385,7 +402,7 @@ def on(self:Teacher,
         yield self
     finally: self.close()
 
-# %% ../nbs/02_teacher.ipynb #cd936ecd
+# %% ../nbs/02_teacher.ipynb #fb767ebc
 @patch
 def begin(self:Teacher, learn):
     "Called before the first batch of a distillation in `learn`."
@@ -405,7 +422,7 @@ def reset(self:Teacher):
     for m in self.running or self.models:
         if hasattr(m, 'reset'): m.reset()
 
-# %% ../nbs/02_teacher.ipynb #6c29d0e8
+# %% ../nbs/02_teacher.ipynb #d254f7dc
 @patch
 def _cached(self:Teacher, *xb):
     "The logits from the cache; the models run on inputs that are new to it"
@@ -419,11 +436,12 @@ def _cached(self:Teacher, *xb):
         self.cache.put([keys[i] for i in new], torch.stack(z, 1))
     return list(self.cache.get(keys).to(find_device(xb)).unbind(1))
 
-# %% ../nbs/02_teacher.ipynb #92fbfb7f
+# %% ../nbs/02_teacher.ipynb #90eee285
 @patch
 def __repr__(self:Teacher):
-    settings = dict(dtype=self.dtype, channels_last=self.channels_last, compile=self.compile, inputs=self.inputs, outputs=self.outputs, probs=self.probs, cache=self.cache)
-    said = [f"{k}={getattr(v, '__name__', None) or (v if isinstance(v, (bool,torch.dtype)) else '...')}" for k,v in settings.items() if v is not None and v is not False]
+    settings = {k: getattr(self, k) for k in ('dtype','channels_last','compile','inputs','outputs','probs','cache')}
+    shown = lambda v: getattr(v, '__name__', None) or (v if isinstance(v, (bool,torch.dtype)) else '...')
+    said = [f'{k}={shown(v)}' for k,v in settings.items() if v is not None and v is not False]
     return f"{type(self).__name__}({', '.join([' and '.join(described(m) for m in self.models), *said])})"
 
 def described(

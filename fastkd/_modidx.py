@@ -619,6 +619,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fastkd.session.Curves.__init__': ('session.html#curves.__init__', 'fastkd/session.py'),
                                 'fastkd.session.Curves.__len__': ('session.html#curves.__len__', 'fastkd/session.py'),
                                 'fastkd.session.Curves.add': ('session.html#curves.add', 'fastkd/session.py'),
+                                'fastkd.session.Curves.as_dict': ('session.html#curves.as_dict', 'fastkd/session.py'),
                                 'fastkd.session.Curves.end_epoch': ('session.html#curves.end_epoch', 'fastkd/session.py'),
                                 'fastkd.session.Curves.epoch': ('session.html#curves.epoch', 'fastkd/session.py'),
                                 'fastkd.session.Curves.epoch_mean': ('session.html#curves.epoch_mean', 'fastkd/session.py'),

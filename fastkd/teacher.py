@@ -25,7 +25,7 @@ __all__ = ['TeacherOutput', 'Knowledge', 'logits_of', 'has_several', 'makes_mode
            'architecture', 'digest', 'copy_of', 'Teacher', 'normalization_between', 'own_dtype', 'eval_when_called',
            'at_rest', 'described']
 
-# %% ../nbs/02_teacher.ipynb #ee03aa3a
+# %% ../nbs/02_teacher.ipynb #82b4b1cb
 #: what a teacher says of a batch: `logits`, a tensor for each model, and `activations`, a dictionary from layer name to tensor
 TeacherOutput = namedtuple('TeacherOutput', 'logits activations')
 
@@ -65,14 +65,14 @@ def _model_of(teacher):
     raise TypeError("A teacher is a trained model (an `nn.Module`), a `Learner`, a callable from inputs to logits, or a "
                     f"list of these, got {got}.")
 
-# %% ../nbs/02_teacher.ipynb #e69bc491
+# %% ../nbs/02_teacher.ipynb #c21f7a6a
 def makes_models(
     f # What was given as a teacher
 ) -> bool:
     "Is `f` a function such as torchvision's `resnet34`, which makes a model and computes no logits?"
     return inspect.isfunction(f) and bool({'weights','pretrained'} & set(inspect.signature(f).parameters))
 
-# %% ../nbs/02_teacher.ipynb #4c4ac5a6
+# %% ../nbs/02_teacher.ipynb #9447def5
 #: what a teacher's `Learner` knows: `classes` and `words` (lists), `normalize` (mean and std of each channel; `()` for none); `None` for what is not known
 Knowledge = namedtuple('Knowledge', 'classes words normalize', defaults=(None,None,None))
 
@@ -88,7 +88,7 @@ def knowledge_of(
     mean_std = () if norm is None or norm.mean is None else tuple(torch.as_tensor(o).flatten().tolist() for o in (norm.mean,norm.std))
     return Knowledge(classes, words, mean_std if dls is not None else None)
 
-# %% ../nbs/02_teacher.ipynb #1940177b
+# %% ../nbs/02_teacher.ipynb #8bbb600f
 def class_positions(
     student:list, # Classes of the student, in the order of its logits
     teacher:list # Classes of the teacher
@@ -108,7 +108,7 @@ def architecture(
     "The layers of `model` as text that is the same in every process: without the addresses of functions in it."
     return re.sub(' at 0x[0-9a-f]+', '', str(model))
 
-# %% ../nbs/02_teacher.ipynb #9e3adc57
+# %% ../nbs/02_teacher.ipynb #937c5d6e
 def digest(
     models, # Modules
     *settings # What else decides their outputs
@@ -123,7 +123,7 @@ def digest(
                 if isinstance(t, Tensor): h.update(f'{name} {tuple(t.shape)} {t.dtype} {row_keys(t.reshape(1,-1)).item() if t.numel() else 0}'.encode())
     return h.hexdigest()
 
-# %% ../nbs/02_teacher.ipynb #efc01909
+# %% ../nbs/02_teacher.ipynb #255a3b14
 def copy_of(
     model # A model
 ) -> nn.Module:
@@ -160,7 +160,7 @@ class Teacher:
         # for the student's data: positions of its classes among each model's, and how each model's inputs are normalized anew
         self.positions,self.renormalize = [None]*len(given),[None]*len(given)
 
-# %% ../nbs/02_teacher.ipynb #318edc6e
+# %% ../nbs/02_teacher.ipynb #aa311130
 @patch
 def _new_cache(self:Teacher, cache, topk):
     if not cache:
@@ -174,7 +174,7 @@ def _new_cache(self:Teacher, cache, topk):
                          "`cache=True`, or an `nn.Module`.")
     return LogitsCache(None if cache is True else cache, topk)
 
-# %% ../nbs/02_teacher.ipynb #cf3f8cf6
+# %% ../nbs/02_teacher.ipynb #dad82a66
 @patch
 def knowledge(self:Teacher, i:int) -> Knowledge:
     "What is known of model `i`: what the user says, else what its `Learner` does"
@@ -206,7 +206,7 @@ def adapt(self:Teacher,
         self._warn_of_config(self.models[i], student, known)
     return list(dict.fromkeys(notes))
 
-# %% ../nbs/02_teacher.ipynb #7b7ce07e
+# %% ../nbs/02_teacher.ipynb #80d4f121
 def normalization_between(
     student, # `(mean, std)` of the student's images, `()` for none
     teacher # The same of the teacher's; `None` if it is not known
@@ -228,7 +228,7 @@ def _warn_of_config(self:Teacher, model, student, known):
                       "which the student's data are not. If it was trained so, say `Teacher(model, "
                       f"normalize=({tuple(mean)}, {tuple(std)}))`.")
 
-# %% ../nbs/02_teacher.ipynb #a4f8e09c
+# %% ../nbs/02_teacher.ipynb #82ea43af
 @patch
 def inputs_of(self:Teacher, *xb) -> tuple:
     "The first model's inputs for the student's"
@@ -251,13 +251,13 @@ def _formatted(self:Teacher, i, x):
     if dtype == torch.float32 and torch.is_autocast_enabled(x.device.type): dtype = x.dtype
     return x.to(dtype, memory_format=torch.channels_last if self.channels_last and x.ndim == 4 else torch.preserve_format, copy=True)
 
-# %% ../nbs/02_teacher.ipynb #f9a5baec
+# %% ../nbs/02_teacher.ipynb #770615a3
 def own_dtype(model) -> torch.dtype|None:
     "The dtype of a model's floating point parameters, `None` if there are none or several"
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} if isinstance(model, nn.Module) else set()
     return dtypes.pop() if len(dtypes) == 1 else None
 
-# %% ../nbs/02_teacher.ipynb #585ec719
+# %% ../nbs/02_teacher.ipynb #f2e1b4fa
 @patch
 @torch.no_grad()
 def run(self:Teacher,
@@ -276,7 +276,7 @@ def __call__(self:Teacher, *xb) -> Tensor:
     "The logits for the inputs `xb`; of an ensemble those of the mean probabilities, the classes on the last axis."
     return mean_logits(self.run(*xb).logits)
 
-# %% ../nbs/02_teacher.ipynb #ef094ecd
+# %% ../nbs/02_teacher.ipynb #7296052b
 @contextmanager
 def eval_when_called():
     "Within the block each module is in eval mode from when it is called; afterwards each is in its own again."
@@ -299,7 +299,7 @@ def at_rest(
     owner = getattr(model, '__self__', model)
     return evaluating(owner) if isinstance(owner, nn.Module) else eval_when_called()
 
-# %% ../nbs/02_teacher.ipynb #7f87d291
+# %% ../nbs/02_teacher.ipynb #991d49fb
 @patch
 @contextmanager
 def _resting(self:Teacher, xb):
@@ -333,7 +333,7 @@ def _hooks(self:Teacher, layers, xb):
     if layers not in self.hooks: self.hooks[layers] = FeatureHooks(self.model, layers, 'teacher', self._inputs(0, *xb))
     return self.hooks[layers]
 
-# %% ../nbs/02_teacher.ipynb #af922f09
+# %% ../nbs/02_teacher.ipynb #70f6b540
 @patch
 def logits_for(self:Teacher,
     output:TeacherOutput, # Of `run`
@@ -347,13 +347,13 @@ def logits_for(self:Teacher,
     if self.probs: zs = [z.logit(eps=1e-7) if kind == 'binary' else z.clamp(min=torch.finfo(z.dtype).tiny).log() for z in zs]
     return [z if p is None else z.index_select(-1 if axis is None else axis, torch.tensor(p, device=z.device)) for z,p in zip(zs, self.positions)]
 
-# %% ../nbs/02_teacher.ipynb #f61fe052
+# %% ../nbs/02_teacher.ipynb #3851047a
 @patch(as_prop=True)
 def model(self:Teacher):
     "The first model, the one whose activations are compared; while open, as it runs"
     return (self.running or self.models)[0]
 
-# %% ../nbs/02_teacher.ipynb #82bd967f
+# %% ../nbs/02_teacher.ipynb #d43f4ed8
 @patch
 def open(self:Teacher,
     device=None, # Where the student's inputs are; `None` to leave the models where they are
@@ -375,7 +375,7 @@ def _move(self:Teacher, model, device):
     self.moved.append((model, *homes))
     model.to(device)
 
-# %% ../nbs/02_teacher.ipynb #e623e018
+# %% ../nbs/02_teacher.ipynb #725f9a8a
 @patch
 def close(self:Teacher):
     "Put the models back where they were."
@@ -402,7 +402,7 @@ def on(self:Teacher,
         yield self
     finally: self.close()
 
-# %% ../nbs/02_teacher.ipynb #fb767ebc
+# %% ../nbs/02_teacher.ipynb #1076b72f
 @patch
 def begin(self:Teacher, learn):
     "Called before the first batch of a distillation in `learn`."
@@ -422,7 +422,7 @@ def reset(self:Teacher):
     for m in self.running or self.models:
         if hasattr(m, 'reset'): m.reset()
 
-# %% ../nbs/02_teacher.ipynb #d254f7dc
+# %% ../nbs/02_teacher.ipynb #b52a70f3
 @patch
 def _cached(self:Teacher, *xb):
     "The logits from the cache; the models run on inputs that are new to it"
@@ -436,7 +436,7 @@ def _cached(self:Teacher, *xb):
         self.cache.put([keys[i] for i in new], torch.stack(z, 1))
     return list(self.cache.get(keys).to(find_device(xb)).unbind(1))
 
-# %% ../nbs/02_teacher.ipynb #90eee285
+# %% ../nbs/02_teacher.ipynb #d0724416
 @patch
 def __repr__(self:Teacher):
     settings = {k: getattr(self, k) for k in ('dtype','channels_last','compile','inputs','outputs','probs','cache')}

@@ -339,6 +339,16 @@ def test_the_probe_costs_four_rows_once_for_each_use(tmp_path):
     again = LogitsCache(tmp_path/'z'); again.open('t'); again.run(model, x)
     assert rows == [4]
 
+def test_inputs_of_another_form(tmp_path):
+    "A folder is for one form of inputs; memory begins anew"
+    x,y = torch.randn(6,3),torch.randn(6,3)
+    for place in (None,tmp_path/'z'):
+        cache = LogitsCache(place); cache.open('t'); cache.run(lambda x: x, x)
+        cache.open('t')
+        if place is None: assert torch.equal(cache.run(lambda x,y: x+y, x, y), x+y) and len(cache) == 6
+        else:
+            with pytest.raises(ValueError, match='1 tensors, got 2'): cache.run(lambda x,y: x+y, x, y)
+
 def test_each_precision_has_its_probe(tmp_path):
     model,x = seeded(1),torch.randn(6,8)
     def half(x):

@@ -16,7 +16,7 @@ from fastcore.foundation import L
 # %% auto #0
 __all__ = ['row_keys', 'pack_topk', 'unpack_topk', 'LogitsCache']
 
-# %% ../nbs/02b_cache.ipynb #f9ab2c85
+# %% ../nbs/02b_cache.ipynb #d455c37b
 def _structure(x, alone=False):
     "`x` as text, without the rows of its tensors. Raises `TypeError` for what cannot be a part of a key"
     if isinstance(x, Tensor) and x.ndim: return ''
@@ -28,7 +28,7 @@ def _structure(x, alone=False):
     raise TypeError(f"A cache makes its keys from tensors with a row for each item (and single numbers), got {got}: "
                     "make it a tensor, or leave out the cache.")
 
-# %% ../nbs/02b_cache.ipynb #0f43fcb6
+# %% ../nbs/02b_cache.ipynb #07e44f28
 def map_leaves(
     f, # A function of a leaf
     x # Nested dictionaries, lists and tuples
@@ -73,7 +73,7 @@ def _row_words(x):
     words = x.as_strided((x.numel(),), (1,)).view(torch.uint8).view(len(x), -1)
     return (F.pad(words, (0, -words.shape[1] % 8)) if words.shape[1] % 8 else words).view(torch.int64)
 
-# %% ../nbs/02b_cache.ipynb #bab287de
+# %% ../nbs/02b_cache.ipynb #f9e8614c
 def row_keys(
     *xb # Inputs: tensors with one row for each item, single numbers, and dictionaries, lists and tuples of these
 ) -> Tensor:
@@ -135,7 +135,7 @@ class LogitsCache:
 
     def __len__(self): return len(self.index)
 
-# %% ../nbs/02b_cache.ipynb #4a6eb743
+# %% ../nbs/02b_cache.ipynb #4e1c7787
 @patch
 def open(self:LogitsCache,
     owner:str, # A digest of the teacher that the logits belong to
@@ -169,7 +169,7 @@ def run(self:LogitsCache,
         self.put([keys[i] for i in new], compute(*xb), xb, precision)
     return self.get(keys)
 
-# %% ../nbs/02b_cache.ipynb #684a0277
+# %% ../nbs/02b_cache.ipynb #f3c1ad85
 @patch
 def missing(self:LogitsCache,
     keys:list # Row keys
@@ -199,7 +199,7 @@ def put(self:LogitsCache,
     start,self.n = self.n,self.n+len(rows)
     self.index.update(zip(fresh, ((-1,i) for i in range(start, self.n))))
 
-# %% ../nbs/02b_cache.ipynb #48acbdd8
+# %% ../nbs/02b_cache.ipynb #d6f2b3dd
 @patch
 def get(self:LogitsCache,
     keys:list # Row keys, none of them missing
@@ -215,7 +215,7 @@ def get(self:LogitsCache,
     z = torch.from_numpy(z)
     return z if self.topk is None else unpack_topk(z, self.classes)
 
-# %% ../nbs/02b_cache.ipynb #93b74906
+# %% ../nbs/02b_cache.ipynb #504057f2
 @patch(as_prop=True)
 def _row(self:LogitsCache): return np.dtype([('key','<i8'), ('check','<i8'), ('z','<f4',self.shape)])
 
@@ -235,7 +235,7 @@ def _read(self:LogitsCache, path):
     for i in np.flatnonzero(good): self.index.setdefault(int(rows['key'][i]), (len(self.parts),int(i)))
     self.parts.append(rows)
 
-# %% ../nbs/02b_cache.ipynb #04f430dd
+# %% ../nbs/02b_cache.ipynb #718bbc0a
 @patch
 def _append(self:LogitsCache, rows):
     "Write rows behind those of this process"
@@ -252,7 +252,7 @@ def _append(self:LogitsCache, rows):
         f.seek(self.n*rows.itemsize)  # over what an interrupted `put` left
         f.write(rows.tobytes())
 
-# %% ../nbs/02b_cache.ipynb #3e6731b8
+# %% ../nbs/02b_cache.ipynb #6f3e636e
 @patch
 def _write(self:LogitsCache, name, write):
     "Write a file of the folder, completely or not at all"
@@ -281,7 +281,7 @@ def _meta(self:LogitsCache):
     else: return meta
     raise ValueError(f"The logits in {self.folder} {wrong}: give another folder, or delete this one.")
 
-# %% ../nbs/02b_cache.ipynb #d92e65b2
+# %% ../nbs/02b_cache.ipynb #9b2eb9b4
 @patch
 def _open_folder(self:LogitsCache):
     "Read what the folder holds"
@@ -301,7 +301,7 @@ def _begin(self:LogitsCache, shape, classes, probe):
         else: self._write('meta.json', lambda p: p.write_text(json.dumps(dict(owner=self.owner, shape=list(shape), classes=classes, probe=probe))))
     self.shape,self.classes = tuple(shape),classes
 
-# %% ../nbs/02b_cache.ipynb #48f85520
+# %% ../nbs/02b_cache.ipynb #cfb03a67
 def padding_value(
     ids:Tensor # Integers `(B, length)`
 ) -> int|None:
@@ -313,7 +313,7 @@ def padding_value(
         if filled.max() > 1 and filled.min() == 0 and filled.sum() == (x == value).sum(): return value.item()
     return None
 
-# %% ../nbs/02b_cache.ipynb #e4396f4e
+# %% ../nbs/02b_cache.ipynb #af04e581
 @patch
 def watch(self:LogitsCache,
     inputs:list, # Keys of the inputs of a batch
@@ -343,7 +343,7 @@ def _watch_padding(self:LogitsCache, i, x):
                   "so the input of an item depends on its batch, and the cache finds its logits again only if all batches stay the same. "
                   "Pad all items to one length, or leave out the cache.")
 
-# %% ../nbs/02b_cache.ipynb #226faa18
+# %% ../nbs/02b_cache.ipynb #0c304806
 @patch
 def _keep_probe(self:LogitsCache, xb, z, precision):
     "Keep the first four inputs and their logits"
@@ -358,7 +358,7 @@ def _read_probes(self:LogitsCache):
     try: return {str(k): (list(xs),z.cpu()) for k,(xs,z) in torch.load(self.folder/'probe.pt', weights_only=True).items()}
     except Exception: raise self._damaged('probe.pt') from None  # whatever a damaged file makes of `torch.load`
 
-# %% ../nbs/02b_cache.ipynb #59bba6b1
+# %% ../nbs/02b_cache.ipynb #17d0bb72
 def _same_logits(z, kept, half):
     "Are the logits `z` those that were `kept`, up to rounding?"
     if z.shape != kept.shape: return False
@@ -368,7 +368,7 @@ def _same_logits(z, kept, half):
     size = finite.square().mean().sqrt().item() if len(finite) else 0.
     return torch.allclose(z, kept, rtol=0, atol=(.1 if half else .01)*size + 1e-6, equal_nan=True)
 
-# %% ../nbs/02b_cache.ipynb #a36f2d4c
+# %% ../nbs/02b_cache.ipynb #37978900
 @patch
 def confirm(self:LogitsCache,
     compute, # The logits of inputs
@@ -383,6 +383,6 @@ def confirm(self:LogitsCache,
         probe = map_leaves(lambda o: next(values).to(o.device) if isinstance(o, Tensor) and o.ndim else o, xb)
         if _same_logits(compute(*probe), kept, bool(precision)): return self.unconfirmed.discard(precision)
     if self.folder is None: return self.clear()
-    if n != len(inputs): raise ValueError(f"The logits in {self.folder} are of inputs with {len(inputs)} tensors, got {n}: give another folder for these inputs.")
+    if n != len(inputs): raise ValueError(f"The logits in {self.folder} are of inputs with {len(inputs)} tensors, got {n}: give another folder.")
     raise ValueError(f"The logits in {self.folder} are another teacher's: this one gives others for the first inputs. If it is the same teacher, "
                      "its output is random or depends on more than its input. Give another folder, or delete this one.")

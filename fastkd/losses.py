@@ -176,13 +176,13 @@ def rows(self:KDLoss, pred, teacher_pred, target=None, axis=-1, ignore_index=Non
     if ignore_index is None and not self.needs_labels: target = None  # they may be of any kind
     return logit_rows(pred, teacher_pred, target, axis, ignore_index)
 
-# %% ../nbs/00_losses.ipynb #2db4eb3f
+# %% ../nbs/00_losses.ipynb #f558d91b
 def unmasked(
     s:Tensor, # Logits of the student
     t:Tensor, # Logits of the teacher
 ) -> Tensor:
     "True where the logits count: everywhere but where both are `-inf`."
-    return torch.maximum(s, t) != -torch.inf
+    return ~torch.maximum(s, t).isneginf()
 
 # %% ../nbs/00_losses.ipynb #33f5bab8
 def row_mean(
@@ -255,9 +255,9 @@ def as_loss(
 def _kl_block(student, teacher, T, out=None):
     "KL divergence of each row, and `p_s - p_t`, written to `out` if given"
     z = torch.stack((student, teacher))
-    top = z.amax(-1, keepdim=True)
+    top = z.amax(-1, keepdim=True).clamp_(min=torch.finfo(z.dtype).min)  # a row of -inf keeps p = 0
     p = z.sub_(top).mul_(1/T).exp_()  # in place from here on: memory
-    total = p.sum(-1, keepdim=True)
+    total = p.sum(-1, keepdim=True).clamp_(min=torch.finfo(z.dtype).tiny)
     (lse_s,lse_t),(inv_s,inv_t) = torch.add(top, total.log(), alpha=T),total.reciprocal_()
     h = torch.addcmul(p[0].mul_(inv_s), p[1], inv_t)
     del z, p
@@ -269,7 +269,7 @@ def _kl_block(student, teacher, T, out=None):
     diff = torch.addcmul(w, h, m[...,None], value=-.5, out=v if out is None else out)
     return kl.addcmul_(m, m, value=-.5).clamp_(min=0),diff
 
-# %% ../nbs/00_losses.ipynb #83815abb
+# %% ../nbs/00_losses.ipynb #71f0e750
 class _SoftmaxKL(torch.autograd.Function):
     "`softmax_kl` of each row, or `mean_softmax_kl`, and its gradient"
     @staticmethod
@@ -301,7 +301,7 @@ def softmax_kl(
 ):
     """`KL(softmax(teacher/T) ‖ softmax(student/T))` over the last axis, of shape `(...)`.
 
-    Never negative. Classes may be masked with `-inf` in both; if the student alone masks a class, the divergence is infinite."""
+    Never negative. Classes may be masked with `-inf` in both, 0 if all are; if the student alone masks a class, the divergence is infinite."""
     return _SoftmaxKL.apply(student, teacher, T, False)
 
 # %% ../nbs/00_losses.ipynb #f6339cc4
@@ -368,7 +368,7 @@ class Logits(KDLoss):
     def forward(self, pred, teacher_pred, target=None, axis=-1, ignore_index=None):
         s,t,_ = self.rows(pred, teacher_pred, target, axis, ignore_index)
         kept = unmasked(s, t)
-        return (s - t).masked_fill(~kept, 0).square().sum() / kept.sum().clamp(min=1)
+        return F.mse_loss(torch.where(kept, s, 0), torch.where(kept, t, 0), reduction='sum') / kept.sum().clamp(min=1)
 
 # %% ../nbs/00_losses.ipynb #92c35179
 class Mutual(SoftTarget):
@@ -455,15 +455,14 @@ class NormalizedKD(KDLoss):
 def pearson(
     x:Tensor, # `(N, C)`
     y:Tensor, # `(N, C)`
-    kept:Tensor=None, # Which entries count, `(N, C)` of bool; all by default
+    kept:Tensor=None, # Which entries count, `(N, C)` of bool, all by default; the others must be 0
     eps=1e-8, # Added to the product of the norms
 ):
     "Pearson correlation of `x` and `y` along the last axis; 0 if one of them is constant."
-    def centered(x):
-        if kept is None: return x - x.mean(-1, keepdim=True)
-        x = torch.where(kept, x, 0)
-        return torch.where(kept, x - x.sum(-1, keepdim=True)/kept.sum(-1, keepdim=True).clamp(min=1), 0)
-    x,y = centered(x),centered(y)
+    if kept is None: x,y = (z - z.mean(-1, keepdim=True) for z in (x, y))
+    else:
+        n = kept.sum(-1, keepdim=True).clamp(min=1)
+        x,y = (torch.where(kept, z - z.sum(-1, keepdim=True)/n, 0) for z in (x, y))
     return (x*y).sum(-1) / (torch.linalg.vector_norm(x, dim=-1)*torch.linalg.vector_norm(y, dim=-1) + eps)
 
 # %% ../nbs/00_losses.ipynb #2dc893ee
@@ -523,9 +522,8 @@ def channel_kl(
     "`T²·mean KL` of the softmaxes over space, mean over images and channels; channels masked with `-inf` in both models are left out."
     if s.ndim < 3: raise ValueError(f"A channel-wise loss compares maps, and {tuple(s.shape)} has no axes of space.")
     s,t = s.flatten(2),t.flatten(2)
-    masked = ~unmasked(s.amax(-1), t.amax(-1))
-    s,t = (z.masked_fill(masked[...,None], 0) for z in (s, t))
-    return T**2 * softmax_kl(s, t, T).sum() / (~masked).sum().clamp(min=1)
+    kept = unmasked(s.amax(-1), t.amax(-1))
+    return T**2 * softmax_kl(s, t, T).sum() / kept.sum().clamp(min=1)
 
 # %% ../nbs/00_losses.ipynb #4d80ba0f
 class ChannelWise(KDLoss):

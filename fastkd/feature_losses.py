@@ -12,49 +12,61 @@ import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from .losses import KDLoss, channel_kl, plain
+from .losses import KDLoss, channel_kl, checked_temperature, plain
 
 # %% ../nbs/00b_feature_losses.ipynb #b807dd24
 class FeatureLoss(KDLoss):
     """A loss on pairs of activations `fm_s`, `fm_t`, in the order of the dictionaries: the sum of `pair_loss` over pairs.
 
     Activations are maps `(B, c, h, w)` (or with one or three axes of space), tokens `(B, n, c)` or vectors `(B, c)`.
-    Raises `ValueError` if there are none, or if their numbers differ."""
+    Raises `ValueError` if there are none, or if student and teacher have different numbers of them."""
     def __init__(self,
         layers=None, # Pairs of layers that this loss compares, `{student: teacher}` or a list of pairs; all by default
-        channel_axis=None, # Axis of the channels; `None` for 1, but the last of three (tokens). A 1-D convolution needs 1
-        T=None, # Temperature, for losses that have one
+        channel_axis=None, # Axis of the channels; `None` is 1, or the last axis of three (tokens). A 1-D convolution needs 1
     ):
-        super().__init__(T)
+        super().__init__()
         self.layers,self.channel_axis = layers,channel_axis
 
-    def channels_first(self, x):
-        "Activation `x` as `(B, c, ...)`"
-        if x.ndim < 2: raise ValueError(f"An activation of shape {tuple(x.shape)} has no batch and channels.")
-        axis = self.channel_axis
+    def channels_first(self, x, i):
+        "Activation `x` of the student (`i` is 0) or the teacher (1) as `(B, c, ...)`"
+        if x.ndim < 2: raise ValueError(f"An activation needs a batch and channels, got shape {tuple(x.shape)}.")
+        axis = self.channel_axis[i] if isinstance(self.channel_axis, (tuple,list)) else self.channel_axis
         if axis is None: axis = -1 if x.ndim == 3 else 1
+        if not -x.ndim <= axis < x.ndim: raise ValueError(f"There is no axis {axis} for the channels in an activation of shape {tuple(x.shape)}: check `channel_axis`.")
         return x.movedim(axis, 1)
 
     def pairs(self, fm_s, fm_t):
         "The pairs of activations, channels first"
-        if len(fm_s) != len(fm_t): raise ValueError(f"{len(fm_s)} activations of the student and {len(fm_t)} of the teacher: they are compared in pairs.")
+        if len(fm_s) != len(fm_t):
+            raise ValueError(f"Activations are compared in pairs, got {len(fm_s)} of the student and {len(fm_t)} of the teacher.")
         if not fm_s: raise ValueError(f"{self.name} compares activations and got none: name the layers to compare.")
-        return [(self.channels_first(s), self.channels_first(t)) for s,t in zip(fm_s.values(), fm_t.values())]
+        return [same_places(self.channels_first(s, 0), self.channels_first(t, 1)) for s,t in zip(fm_s.values(), fm_t.values())]
 
     def forward(self, fm_s, fm_t): return sum(self.pair_loss(s, t) for s,t in self.pairs(fm_s, fm_t))
     def pair_loss(self, s, t): raise NotImplementedError
+
+# %% ../nbs/00b_feature_losses.ipynb #4a55bd07
+def same_places(
+    s:Tensor, # Activation `(B, c, ...)` of the student
+    t:Tensor, # Activation `(B, c', ...)` of the teacher
+):
+    "Both activations, tokens of two different square grids as maps without their class tokens; others as they are."
+    if not s.ndim == t.ndim == 3 or s.shape[2] == t.shape[2]: return s,t
+    sides = [math.isqrt(x.shape[2]) for x in (s, t)]
+    if any(x.shape[2] - side**2 > 1 for x,side in zip((s, t), sides)): return s,t
+    return tuple(x[:,:,x.shape[2]-side**2:].unflatten(2, (side,side)) for x,side in zip((s, t), sides))
 
 # %% ../nbs/00b_feature_losses.ipynb #38569116
 def same_size(
     s:Tensor, # Activation `(B, c, ...)` of the student
     t:Tensor, # Activation `(B, c', ...)` of the teacher
 ):
-    "Both activations with the smaller size along each axis of space: the larger is pooled (adaptive average)."
+    "Both activations with the smaller size along each axis of space: the larger is average-pooled. Raises `ValueError` for different numbers of axes."
     if s.ndim != t.ndim:
         raise ValueError(f"Activations of shape {tuple(s.shape)} and {tuple(t.shape)} (channels first) cannot be compared: "
-                         "pair layers of one kind, maps with maps, tokens with tokens, vectors with vectors.")
+                         "pair layers of one kind: maps with maps, tokens with tokens, vectors with vectors.")
     size = tuple(min(a, b) for a,b in zip(s.shape[2:], t.shape[2:]))
-    if len(size) > 3: raise ValueError(f"Activations with {len(size)} axes of space are more than can be pooled (3).")
+    if len(size) > 3: raise ValueError(f"At most 3 axes of space can be pooled, got activations with {len(size)}.")
     pool = [None, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d][len(size)]
     return tuple(x if x.shape[2:] == size else pool(x, size) for x in (s, t))
 
@@ -62,9 +74,9 @@ def same_size(
 def unit(
     x:Tensor, # Any shape
     dim=-1, # Axis of the vectors
-    eps=1e-12, # The least norm divided by
+    eps=1e-12, # The least divisor
 ):
-    "`x` divided by its norm along `dim`, as `F.normalize`; 0, with no gradient, where `x` is 0."
+    "`x` divided by its norm along `dim`, like `F.normalize`; 0 without gradient if the norm is 0."
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
     return x / norm.clamp(min=eps).masked_fill(norm == 0, torch.inf)
 
@@ -73,30 +85,31 @@ def attention_map(
     x:Tensor, # Activation `(B, c, ...)`
     p=2, # Power
 ):
-    "The attention `(B, places)` of activation `x`: mean over channels of `|x|^p`, with unit norm for each image; 0 for a dead map."
+    "The attention `(B, places)` of activation `x`: mean over channels of `|x|^p`, normalized to unit norm for each image; 0 for a dead map."
     x = x.square() if p == 2 else x.abs().pow(p)
     return unit(x.mean(1).flatten(1))
 
 # %% ../nbs/00b_feature_losses.ipynb #665dbc9b
 class Attention(FeatureLoss):
-    """Look where the teacher looks: `mean (A_s - A_t)²` summed over pairs, `A` the mean over channels of `|F|^p`, flattened, with unit norm for each image.
+    """Look where the teacher looks: `mean (A_s - A_t)²` summed over pairs.
 
-    Maps with any axes of space, or tokens; the larger map is pooled to the smaller, channels may differ. Raises `ValueError` for vectors, which have no places.
+    `A` is the mean over channels of `|F|^p`, flattened, with unit norm for each image. Maps with any axes of space, or tokens;
+    the larger map is pooled to the smaller. Channels may differ. Raises `ValueError` for vectors, which have no axes of space.
     Zagoruyko & Komodakis, ICLR 2017, "Paying more attention to attention"."""
     paper = (1., 1000.)
     methods = {'attention': dict(weight=0.9), 'attention-paper': {}}
     def __init__(self,
-        p=2, # Power of the activations; the higher, the more the strongest channel decides
+        p=2, # Power of the activations; a higher power gives the strongest channel more influence
         layers=None, # Pairs of layers that this loss compares, `{student: teacher}` or a list of pairs; all by default
-        channel_axis=None, # Axis of the channels; `None` for 1, but the last of three (tokens)
+        channel_axis=None, # Axis of the channels; `None` is 1, or the last axis of three (tokens)
     ):
         super().__init__(layers, channel_axis)
-        if not p > 0: raise ValueError(f"The power must be above 0, not {p}.")
+        if not p > 0: raise ValueError(f"The power must be above 0, got {p}.")
         self.p = p
 
     def pair_loss(self, s, t):
         s,t = same_size(s, t)
-        if s.ndim == 2: raise ValueError("Attention compares places of a map, which vectors `(B, c)` do not have: name layers before the pooling.")
+        if s.ndim == 2: raise ValueError("Attention compares the places of maps, and vectors `(B, c)` have none: name layers before the pooling.")
         return F.mse_loss(attention_map(s, self.p), attention_map(t, self.p))
 
     def extra_repr(self): return f'p={self.p}'
@@ -111,9 +124,10 @@ def embedding(
 
 # %% ../nbs/00b_feature_losses.ipynb #0e04b004
 class Similarity(FeatureLoss):
-    """Preserve which images are alike (SP): `‖G_s - G_t‖²/B²` summed over pairs, `G = F·Fᵀ` of the flattened activations `(B, B)`, rows with unit norm.
+    """Preserve which images are similar (SP): `‖G_s - G_t‖²/B²` summed over pairs.
 
-    Activations of any shapes; student and teacher need not agree in any but the batch. 0 for a batch of one.
+    `G = F·Fᵀ` of the flattened activations `(B, B)`, rows with unit norm.
+    Activations of any shapes; student and teacher only share the batch size. 0 for a batch of one.
     Tung & Mori, ICCV 2019, "Similarity-preserving knowledge distillation", with the last stage."""
     paper = (1., 3000.)
     paper_layers = 'last'
@@ -131,8 +145,8 @@ def gram(
 def distances(
     e:Tensor, # Embeddings `(B, d)`
 ):
-    "Euclidean distances `(B, B)` as parts of the mean distance."
-    e = e - e.mean(0) # changes no distance, and saves digits of the inner products
+    "Euclidean distances `(B, B)` divided by the mean distance."
+    e = e - e.mean(0) # changes no distance, and keeps digits of the inner products
     sq = e.square().sum(-1)
     d = (sq[:,None] + sq - 2*e@e.T).clamp(min=1e-12).sqrt()
     d = d.masked_fill(torch.eye(len(e), dtype=torch.bool, device=e.device), 0.)
@@ -141,9 +155,9 @@ def distances(
 # %% ../nbs/00b_feature_losses.ipynb #31ec529d
 def angles(
     e:Tensor, # Embeddings `(B, d)`
-    anchors:Tensor, # Embeddings `(A, d)` at which the angles are
+    anchors:Tensor, # Embeddings `(A, d)` at the vertices of the angles
 ):
-    "Cosines `(A, B, B)` of the angles between `e_i - anchor` and `e_k - anchor`; 0 where one of the two is 0."
+    "Cosines `(A, B, B)` of the angles between `e_i - anchor` and `e_k - anchor`; 0 if one of the two is 0."
     e = unit(e - anchors[:,None])
     return e @ e.mT
 
@@ -151,8 +165,8 @@ def angles(
 class RKD(FeatureLoss):
     """Preserve the distances and angles between images: `distance·smooth_l1(d) + angle·smooth_l1(cos)` of the embeddings, summed over pairs of layers.
 
-    Activations are pooled to vectors, or flattened with `pool=False`; widths may differ. Distances are divided by their mean, angles are those of all triplets.
-    Raises `ValueError` for a batch of one, which has neither.
+    Activations are pooled to vectors, or flattened with `pool=False`; widths may differ.
+    Distances are divided by their mean; angles are those of all triplets. Raises `ValueError` for a batch of one, which has no distances.
     Park et al., CVPR 2019, "Relational knowledge distillation"."""
     paper = (1., 1.)
     paper_layers = 'last'
@@ -161,7 +175,7 @@ class RKD(FeatureLoss):
         angle=50., # Weight of the angles
         pool=True, # Mean over space; `False` flattens
         layers=None, # Pairs of layers that this loss compares, `{student: teacher}` or a list of pairs; all by default
-        channel_axis=None, # Axis of the channels; `None` for 1, but the last of three (tokens)
+        channel_axis=None, # Axis of the channels; `None` is 1, or the last axis of three (tokens)
     ):
         super().__init__(layers, channel_axis)
         self.distance,self.angle,self.pool = distance,angle,pool
@@ -169,7 +183,7 @@ class RKD(FeatureLoss):
     def pair_loss(self, s, t):
         s,t = embedding(s, self.pool),embedding(t, self.pool)
         if len(s) < 2:
-            raise ValueError("RKD compares the images of a batch, and this batch holds a single one: drop the last batch, or choose another batch size.")
+            raise ValueError("RKD compares the images of a batch and got a single one: drop the last batch, or choose another batch size.")
         return self.distance*F.smooth_l1_loss(distances(s), distances(t)) + self.angle*angle_loss(s, t)
 
     def extra_repr(self): return f'distance={self.distance}, angle={self.angle}'
@@ -178,9 +192,9 @@ class RKD(FeatureLoss):
 def angle_loss(
     s:Tensor, # Embeddings `(B, d)` of the student
     t:Tensor, # Embeddings `(B, d')` of the teacher
-    room=2**20, # About so many numbers are in memory at once
+    room=2**20, # About how many numbers to hold in memory at once
 ):
-    "Smooth L1 of the cosines in all triangles, mean over `B³`, some anchors at a time; the backward pass computes them again."
+    "Smooth L1 of the cosines in all triangles, mean over `B³`, a few anchors at a time; the backward pass computes them again."
     def part(s, t, i, j): return F.smooth_l1_loss(angles(s, s[i:j]), angles(t, t[i:j]), reduction='sum')
     B = len(s)
     step = max(1, room // (B*(B + s.shape[1] + t.shape[1])))
@@ -191,14 +205,14 @@ def angle_loss(
 def neighbors(
     e:Tensor, # Embeddings `(B, d)`
 ):
-    "Probability `(B, B)` of each image as the neighbour of each other, from cosine similarities."
+    "Probability `(B, B)` of each image as the neighbor of each other, from cosine similarities."
     e = e / (torch.linalg.vector_norm(e, dim=-1, keepdim=True) + 1e-7)
     p = (e@e.T + 1) / 2
     return p / p.sum(-1, keepdim=True)
 
 # %% ../nbs/00b_feature_losses.ipynb #e2dd856c
 class PKT(FeatureLoss):
-    """Preserve the probabilities of neighbourhood: `mean p_t·log((p_t+1e-7)/(p_s+1e-7))` over `B²`, summed over pairs of layers.
+    """Preserve the probabilities of being neighbors: `mean p_t·log((p_t+1e-7)/(p_s+1e-7))` over `B²`, summed over pairs of layers.
 
     Activations are pooled to vectors, or flattened with `pool=False`; widths may differ. 0 for a batch of one.
     Passalis & Tefas, ECCV 2018, "Learning deep representations with probabilistic knowledge transfer"."""
@@ -207,7 +221,7 @@ class PKT(FeatureLoss):
     def __init__(self,
         pool=True, # Mean over space; `False` flattens
         layers=None, # Pairs of layers that this loss compares, `{student: teacher}` or a list of pairs; all by default
-        channel_axis=None, # Axis of the channels; `None` for 1, but the last of three (tokens)
+        channel_axis=None, # Axis of the channels; `None` is 1, or the last axis of three (tokens)
     ):
         super().__init__(layers, channel_axis)
         self.pool = pool
@@ -215,14 +229,15 @@ class PKT(FeatureLoss):
     def pair_loss(self, s, t):
         p_s,p_t = neighbors(embedding(s, self.pool)), neighbors(embedding(t, self.pool))
         diff = p_t - p_s
-        # log of (p_t+1e-7)/(p_s+1e-7), less a difference that sums to 0: no cancellation for equal neighbourhoods
+        # log of (p_t+1e-7)/(p_s+1e-7), less a difference that sums to 0: near-equal probabilities do not cancel
         return (p_t*torch.log1p(diff/(p_s+1e-7)) - diff).mean()
 
 # %% ../nbs/00b_feature_losses.ipynb #cb226d54
 class NST(FeatureLoss):
-    """Match the distribution of channel maps: `mean k(F_t,F_t) + mean k(F_s,F_s) - 2·mean k(F_s,F_t)` summed over pairs, `k(a,b) = (a·b)²` of channels flattened over space, with unit norm.
+    """Match the distribution of channel maps: `mean k(F_t,F_t) + mean k(F_s,F_s) - 2·mean k(F_s,F_t)` summed over pairs.
 
-    Maps with any axes of space, or tokens; the larger map is pooled to the smaller, channels may differ. Raises `ValueError` for vectors.
+    `k(a,b) = (a·b)²` of channels flattened over space, with unit norm. Maps with any axes of space, or tokens;
+    the larger map is pooled to the smaller, channels may differ. Raises `ValueError` for vectors.
     Huang & Wang 2017, "Like what you like: knowledge distill via neuron selectivity transfer"."""
     paper = (1., 50.)
     def pair_loss(self, s, t):
@@ -232,37 +247,41 @@ class NST(FeatureLoss):
         if s.shape[2] < min(s.shape[1], t.shape[1]): # fewer places than channels
             s,t = unit(s),unit(t)
             return (s.mT@s/s.shape[1] - t.mT@t/t.shape[1]).square().sum((1,2)).mean()
-        ss,tt,st = s@s.mT,t@t.mT,s@t.mT # and no copies of the maps with unit norm: what is squared is small
+        ss,tt,st = s@s.mT,t@t.mT,s@t.mT # norms are applied to these small products: no normalized copies of the maps
         i,j = (o.diagonal(dim1=1, dim2=2).clamp(min=1e-24).rsqrt() for o in (ss,tt))
         k = lambda o, a, b: (o*a[:,:,None]*b[:,None]).square().mean()
         return k(tt, j, j) + k(ss, i, i) - 2*k(st, i, j)
 
 # %% ../nbs/00b_feature_losses.ipynb #061224cd
 class TrainedFeatureLoss(FeatureLoss):
-    """A feature loss with parameters: `make(s, t)` makes the module of one pair, `pair_loss(s, t, part)` uses it.
+    """A feature loss with parameters: `make(s, t)` makes the module of one pair, and `pair_loss(s, t, part)` uses it.
 
-    `build` makes one for each pair, `parts`; an unbuilt loss builds itself when it is first called. Raises `ValueError` where the number of pairs has changed."""
-    def __init__(self, layers=None, channel_axis=None, T=None):
-        super().__init__(layers, channel_axis, T)
+    `build` makes `parts`, one for each pair, at the latest in the first call. Raises `ValueError` if the number of pairs changes."""
+    def __init__(self,
+        layers=None, # Pairs of layers that this loss compares, `{student: teacher}` or a list of pairs; all by default
+        channel_axis=None, # Axis of the channels; `None` is 1, or the last axis of three (tokens)
+    ):
+        super().__init__(layers, channel_axis)
         self.parts = None
 
     @property
     def built(self): return self.parts is not None
 
     def build(self, fm_s, fm_t):
-        "Make the parameters anew from the shapes of the activations, leaving the random stream as it is"
+        "Make the parameters anew from the shapes of the activations; the random stream stays as it is"
         pairs = self.pairs(plain(fm_s), plain(fm_t))
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"): parts = self.make_parts(pairs) # the CPU's stream is put back
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"): parts = self.make_parts(pairs) # `fork_rng` restores the CPU's stream
         self.parts = parts.to(pairs[0][0].dtype).to(pairs[0][0].device).train(self.training)
 
     def make_parts(self, pairs): return nn.ModuleList([self.make(*same_size(s, t)) for s,t in pairs])
 
     def built_pairs(self, fm_s, fm_t):
-        "The pairs, with the parameters for them in place"
+        "The pairs of activations; builds the loss if necessary"
         if not self.built: self.build(fm_s, fm_t)
         pairs = self.pairs(fm_s, fm_t)
         if len(pairs) != len(self.parts):
-            raise ValueError(f"{type(self).__name__} was built for {len(self.parts)} pairs of activations and got {len(pairs)}: use a new loss, or `build` it again.")
+            raise ValueError(f"{self.name} was built for {len(self.parts)} pairs of activations and got {len(pairs)}: "
+                             "use a new loss, or `build` it again.")
         return pairs
 
     def forward(self, fm_s, fm_t):
@@ -274,7 +293,7 @@ def pointwise(
     x:Tensor, # An activation `(B, c, ...)`
     ni:int, # Channels in
     no:int, # Channels out
-    bias=True,
+    bias=True, # Add a bias?
 ):
     "A linear map of the channels at each place of activations like `x`: 1x1 convolution, or `nn.Linear` for vectors."
     if x.ndim == 2: return nn.Linear(ni, no, bias=bias)
@@ -294,7 +313,7 @@ def connector(
     t:Tensor, # Activation `(B, c', ...)` of the teacher
     bn=True, # BatchNorm after the convolution of maps?
 ):
-    "From the student's channels to the teacher's: identity where they agree, else a 1x1 convolution (with BatchNorm for maps), linear for vectors and tokens."
+    "Maps the student's channels to the teacher's: identity if they agree, else a 1x1 convolution (with BatchNorm for maps), or linear for vectors."
     ni,no = s.shape[1],t.shape[1]
     if ni == no: return nn.Identity()
     if s.ndim < 4 or not bn: return pointwise(s, ni, no)
@@ -302,15 +321,16 @@ def connector(
 
 # %% ../nbs/00b_feature_losses.ipynb #0bbc81c1
 class FitNet(TrainedFeatureLoss):
-    """Regress the teacher's activations: `mean (R(F_s) - F_t)²` summed over pairs, `R` a 1x1 convolution and BatchNorm where channels differ, identity where they agree.
+    """Regress the teacher's activations: `mean (R(F_s) - F_t)²` summed over pairs.
 
+    `R` is a 1x1 convolution and BatchNorm if channels differ, else the identity.
     Maps, tokens or vectors (`R` is linear for the last two); the larger map is pooled to the smaller.
     Romero et al., ICLR 2015, "FitNets: hints for thin deep nets"."""
     paper = (1., 100.)
     def __init__(self,
-        bn=True, # BatchNorm after the convolutions?
+        bn=True, # Add BatchNorm after the convolutions?
         layers=None, # Pairs of layers that this loss compares, `{student: teacher}` or a list of pairs; all by default
-        channel_axis=None, # Axis of the channels; `None` for 1, but the last of three (tokens)
+        channel_axis=None, # Axis of the channels; `None` is 1, or the last axis of three (tokens)
     ):
         super().__init__(layers, channel_axis)
         self.bn = bn
@@ -320,10 +340,11 @@ class FitNet(TrainedFeatureLoss):
 
 # %% ../nbs/00b_feature_losses.ipynb #060d419c
 class Cosine(TrainedFeatureLoss):
-    """Match the direction of the activations: `1 - mean cos(R(F_s), F_t)` of the flattened activations, summed over pairs; `R` a 1x1 convolution where channels differ, identity where they agree.
+    """Match the direction of the activations: `1 - mean cos(R(F_s), F_t)` of the flattened activations, summed over pairs.
 
-    Maps, tokens or vectors; the larger map is pooled to the smaller. A dead activation counts as a cosine of 0.
-    PyTorch's knowledge distillation tutorial."""
+    `R` is a 1x1 convolution if channels differ, else the identity. Maps, tokens or vectors;
+    the larger map is pooled to the smaller. A dead activation counts as a cosine of 0.
+    PyTorch tutorials, "Knowledge distillation tutorial"."""
     paper = (0.75, 0.25)
     def make(self, s, t): return connector(s, t, bn=False)
     def pair_loss(self, s, t, part): return 1 - (unit(part(s).flatten(1)) * unit(t.flatten(1))).sum(-1).mean()
@@ -343,9 +364,10 @@ class _Gaussian(nn.Module):
 
 # %% ../nbs/00b_feature_losses.ipynb #0500def9
 class VID(TrainedFeatureLoss):
-    """Gaussian log-likelihood of the teacher's activations: `mean ½[(R(F_s) - F_t)²/σ² + log σ²]` summed over pairs, `R` three 1x1 convolutions, `σ²` learned for each channel.
+    """Gaussian log-likelihood of the teacher's activations: `mean ½[(R(F_s) - F_t)²/σ² + log σ²]` summed over pairs.
 
-    Maps, tokens or vectors (`R` is linear layers then); the larger map is pooled to the smaller. May be negative.
+    `R` is three 1x1 convolutions, `σ²` is learned for each channel. Maps, tokens or vectors
+    (with linear layers); the larger map is pooled to the smaller. May be negative.
     Ahn et al., CVPR 2019, "Variational information distillation for knowledge transfer"."""
     paper = (1., 1.)
     def make(self, s, t): return _Gaussian(s, t)
@@ -355,31 +377,31 @@ class VID(TrainedFeatureLoss):
 
 # %% ../nbs/00b_feature_losses.ipynb #84955288
 class ActivationBoundaries(TrainedFeatureLoss):
-    """Match which neurons fire: `Σ[(s+m)²·1(s > -m, t ≤ 0) + (s-m)²·1(s ≤ m, t > 0)]/B`, on activations before the ReLU, summed over pairs; `s` through a 1x1 convolution and BatchNorm where channels differ.
+    """Match which neurons fire: `Σ[(s+m)²·1(s > -m, t ≤ 0) + (s-m)²·1(s ≤ m, t > 0)]/B`, on activations before the ReLU, summed over pairs.
 
-    Maps, tokens or vectors; the larger map is pooled to the smaller. The authors use it alone, as a stage before the training with labels.
+    `s` passes a 1x1 convolution and BatchNorm if channels differ. Maps, tokens or vectors; the larger map is pooled to the smaller.
+    The authors use it alone, in a stage before the training with labels.
     Heo et al., AAAI 2019, "Knowledge transfer via distillation of activation boundaries formed by hidden neurons"."""
     paper = (0., 1.)
     def __init__(self,
-        margin=1., # How far past 0 the student's activation is pushed
+        margin=1., # How far past 0 to push the student's activation
         layers=None, # Pairs of layers that this loss compares, `{student: teacher}` or a list of pairs; all by default
-        channel_axis=None, # Axis of the channels; `None` for 1, but the last of three (tokens)
+        channel_axis=None, # Axis of the channels; `None` is 1, or the last axis of three (tokens)
     ):
         super().__init__(layers, channel_axis)
         self.margin = margin
 
     def make(self, s, t): return connector(s, t)
     def pair_loss(self, s, t, part):
-        # towards the margin on the teacher's side: how much is missing, 0 for those past it
         s = part(s)
-        missing = torch.where(t > 0, self.margin - s, s + self.margin).relu()
+        missing = torch.where(t > 0, self.margin - s, s + self.margin).relu()  # the distance to the margin on the teacher's side, 0 past it
         return missing.square().sum() / len(s)
 
     def extra_repr(self): return f'margin={self.margin}'
 
 # %% ../nbs/00b_feature_losses.ipynb #02a8643a
 class _Fusion(nn.Module):
-    "A student's stage, fused with what came from deeper ones, in the shape of the teacher's stage"
+    "A student's stage, fused with the deeper ones, in the shape of the teacher's stage"
     def __init__(self, s, t, mid, fuse):
         super().__init__()
         conv = [nn.Conv1d, nn.Conv2d, nn.Conv3d][s.ndim-3]
@@ -389,7 +411,7 @@ class _Fusion(nn.Module):
         for m in (self.project, self.out): nn.init.kaiming_uniform_(m[0].weight, a=1)
 
     def forward(self, s, size, deeper=None):
-        "The stage as the teacher's of spatial `size`, and what goes on to the next shallower stage"
+        "The stage at the teacher's spatial `size`, and the input for the next shallower stage"
         x = self.project(s)
         if self.attention is not None:
             deeper = F.interpolate(deeper, x.shape[2:], mode='nearest')
@@ -403,7 +425,7 @@ def pyramid_loss(
     s:Tensor, # `(B, c, h, ...)`
     t:Tensor, # Of the same shape
 ):
-    "Weighted mean of the MSE and those of both pooled to 4, 2 and 1, as far as smaller than `h`, with weights 1, ½, ¼ …"
+    "Weighted mean of the MSE of `s` and `t`, and of both pooled to 4, 2 and 1 (if smaller than `h`), with weights 1, ½, ¼ …"
     pool = [F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d][s.ndim-3]
     loss,weight,total = F.mse_loss(s, t),1.,1.
     for l in (4,2,1):
@@ -416,16 +438,16 @@ def pyramid_loss(
 
 # %% ../nbs/00b_feature_losses.ipynb #a5e44703
 class ReviewKD(TrainedFeatureLoss):
-    """Review deeper stages to learn shallower ones: the student's stages, fused from deep to shallow, against the teacher's by `pyramid_loss`, summed over pairs.
+    """Match the teacher's stages with the student's, fused from deep to shallow: `pyramid_loss` summed over pairs.
 
-    Pairs from shallow to deep; maps (or tokens) with their own sizes in student and teacher, vectors `(B, c)` count as maps of one place.
-    Raises `ValueError` where a deeper stage is larger than a shallower one. Published with a weight that grows over the first 20 epochs.
+    Pairs from shallow to deep; maps (or tokens) with their own sizes in student and teacher, vectors `(B, c)` are maps of one place.
+    Raises `ValueError` if a deeper stage is larger than a shallower one. Published with a weight that grows over the first 20 epochs.
     Chen et al., CVPR 2021, "Distilling knowledge via knowledge review"."""
     paper,warmup_epochs = (1., 1.),20
     methods = {'review': dict(schedule='warmup')}
 
     def pairs(self, fm_s, fm_t):
-        "The pairs as maps with equally many axes of space, from shallow to deep"
+        "The pairs as maps with the same number of axes, from shallow to deep"
         pairs = super().pairs(fm_s, fm_t)
         ndim = max(3, *(x.ndim for pair in pairs for x in pair))
         pairs = [tuple(x[(...,)+(None,)*(ndim-2)] if x.ndim == 2 else x for x in pair) for pair in pairs]
@@ -448,17 +470,18 @@ class ReviewKD(TrainedFeatureLoss):
 
 # %% ../nbs/00b_feature_losses.ipynb #dd671772
 class ChannelWiseFeatures(TrainedFeatureLoss):
-    """Match where each channel responds (CWD on activations): `T²/(B·C)·Σ KL` of the softmaxes over space of each channel, summed over pairs; through a 1x1 convolution where channels differ.
+    """Match where each channel responds (CWD on activations): `T²/(B·C)·Σ KL` of the softmaxes over space of each channel, summed over pairs.
 
-    Maps or tokens; the larger map is pooled to the smaller. Raises `ValueError` for vectors.
+    Through a 1x1 convolution if channels differ. Maps or tokens; the larger map is pooled to the smaller. Raises `ValueError` for vectors.
     Shu et al., ICCV 2021, "Channel-wise knowledge distillation for dense prediction"."""
     paper = (1., 3.)
     def __init__(self,
         T=4., # Temperature, or a function of training progress
         layers=None, # Pairs of layers that this loss compares, `{student: teacher}` or a list of pairs; all by default
-        channel_axis=None, # Axis of the channels; `None` for 1, but the last of three (tokens)
+        channel_axis=None, # Axis of the channels; `None` is 1, or the last axis of three (tokens)
     ):
-        super().__init__(layers, channel_axis, T)
+        super().__init__(layers, channel_axis)
+        self.T = checked_temperature(T)
 
     def make(self, s, t): return connector(s, t, bn=False)
     def forward(self, fm_s, fm_t, pct_train=None):

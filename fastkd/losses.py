@@ -20,9 +20,9 @@ __all__ = ['loss_inputs', 'plain', 'KDLoss', 'logit_rows', 'mean_logits', 'Funct
 # %% ../nbs/00_losses.ipynb #9e856e8b
 def plain(
     x, # A tensor, or a dictionary of tensors
-    detach=False # Cut it off the graph?
+    detach=False # Detach it from the graph?
 ):
-    "`x` as plain tensors (no subclass) of single precision or better."
+    "`x` as plain tensors (no subclass) of at least single precision."
     if isinstance(x, dict): return {k: plain(v, detach) for k,v in x.items()}
     if not isinstance(x, Tensor): return x
     if type(x) is not Tensor: x = x.as_subclass(Tensor)
@@ -31,14 +31,14 @@ def plain(
 
 # %% ../nbs/00_losses.ipynb #463be81b
 def _device_type(xs):
-    "Kind of device of the first tensor in `xs`, looking into dictionaries"
+    "Device type of the first tensor in `xs`, dictionaries included"
     for x in xs:
         if isinstance(x, dict): x = next(iter(x.values()), None)
         if isinstance(x, Tensor): return x.device.type
     return 'cpu'
 
 # %% ../nbs/00_losses.ipynb #6f9ce089
-#: what the callback can give a loss; a loss gets those that the signature of its `forward` names
+#: what the callback can pass to a loss; a loss gets those that the signature of its `forward` names
 loss_inputs = 'pred','teacher_pred','target','fm_s','fm_t','axis','ignore_index','pct_train'
 
 @lru_cache(maxsize=None)
@@ -48,39 +48,37 @@ def _arguments(forward): return signature(forward).parameters
 class KDLoss(nn.Module):
     """A distillation loss, and all that the callback needs to know about it.
 
-    Subclasses define `forward` with the arguments of `loss_inputs` that they need. It gets plain tensors of single precision or better, with autocast off
-    and no gradient to the teacher, and returns one number."""
-    paper:tuple = None         # the weights `(label, kd)` of the publication
-    paper_layers:str = 'all'   # the stages that its authors compare: 'all', or 'last' for the last one alone
-    warmup_epochs:int = 0      # the epochs over which its authors let the weight grow from 0
-    T = None                   # temperature: a number, a function of training progress, or `None` for a loss without one
-    ensemble:str = 'softmax'   # what is averaged over several teachers: probabilities of classes ('softmax'), of yes and no ('sigmoid'), or the logits (`None`)
-    min_classes:int = 1        # the least number of classes that it can compare ...
-    too_few:str = ''           # ... and why, and what to use instead
-    compares:str = None        # 'classes' for probabilities of classes, 'maps' for places in the map of each class: those need to know the class axis
-    layers = None              # its own pairs of layers, `{student: teacher}`; `None` for those of the callback
-    channel_axis = None        # axis of the channels of its activations, or `(student's, teacher's)`; `None`: found out
-    needs_layout:bool = True   # must it be known where the channels are? If not, activations of an unknown layout come as they are
-    methods:dict = None        # names in comparisons and their settings; by default the class name in lower case, at the paper's weights
+    Subclasses define `forward` with the arguments of `loss_inputs` that they need. It gets plain tensors of at least single precision,
+    with autocast off and the teacher's tensors detached, and returns one number."""
+    paper:tuple = None            # the weights `(label, kd)` of the publication
+    paper_layers:str = 'all'      # the stages that its authors compare: 'all' or 'last'
+    warmup_epochs:int = 0         # the number of epochs over which its authors increase the weight from 0
+    T = None                      # temperature: a number, a function of training progress, or `None` for a loss without one
+    ensemble:str = 'softmax'      # average several teachers' class probabilities ('softmax'), yes/no probabilities ('sigmoid') or logits (`None`)
+    needs_all_logits:bool = True  # does it use the logits of all classes? `False`: the `k` largest and the mass of the rest approximate it
+    min_classes:int = 1           # the least number of classes that it can compare ...
+    too_few:str = ''              # ... why, and what to use instead
+    compares:str = None           # 'classes' for class probabilities, 'maps' for places in the map of each class: both must know the class axis
+    layers = None                 # its own pairs of layers, `{student: teacher}`; `None` for the callback's pairs
+    channel_axis = None           # axis of the channels of its activations, or `(student's, teacher's)`; `None`: found by the callback
+    needs_layout:bool = True      # must it be known where the channels are? If not, activations of an unknown layout come as they are
+    methods:dict = None           # names in comparisons and their settings; by default the class name in lower case, at the paper's weights
 
-    def __init__(self, T=None):
-        super().__init__()
-        if T is not None: self.T = _checked_temperature(T)
-
+    def __init__(self): super().__init__()  # no arguments, unlike `nn.Module`
     def extra_repr(self): return '' if self.T is None else f'T={self.T}'
 
-# %% ../nbs/00_losses.ipynb #6c7ae082
+# %% ../nbs/00_losses.ipynb #3f645e2c
 @patch
 def __call__(self:KDLoss, *args, **kwargs):
     "The loss of a batch"
-    # by name, and complains of a name given twice
+    # names for positions; an input given twice raises
     if args: kwargs = dict(**dict(zip(list(_arguments(type(self).forward))[1:len(args)+1], args, strict=True)), **kwargs)
     kwargs = {k: plain(v, detach=k in ('teacher_pred','fm_t')) for k,v in kwargs.items()}
     device = _device_type(kwargs.values())
     if not torch.is_autocast_enabled(device): return nn.Module.__call__(self, **kwargs)
     with torch.autocast(device, enabled=False): return nn.Module.__call__(self, **kwargs)
 
-# %% ../nbs/00_losses.ipynb #68cc72f9
+# %% ../nbs/00_losses.ipynb #21368e69
 @patch(as_prop=True)
 def name(self:KDLoss): return type(self).__name__
 
@@ -89,11 +87,11 @@ def arguments(self:KDLoss) -> dict: return {n: p for n,p in _arguments(type(self
 
 @patch(as_prop=True)
 def needs(self:KDLoss) -> list:
-    "The names of `loss_inputs` in its signature; all of them for a function of nothing but `**kwargs`"
+    "The names of `loss_inputs` in its signature; all of them if it takes only `**kwargs`"
     named = [o for o in loss_inputs if o in self.arguments]
     return list(loss_inputs) if not named and any(p.kind is p.VAR_KEYWORD for p in self.arguments.values()) else named
 
-# %% ../nbs/00_losses.ipynb #66571f7f
+# %% ../nbs/00_losses.ipynb #9f9f7ea6
 @patch(as_prop=True)
 def needs_logits(self:KDLoss): return 'teacher_pred' in self.needs
 
@@ -103,36 +101,46 @@ def needs_features(self:KDLoss): return 'fm_s' in self.needs or 'fm_t' in self.n
 @patch(as_prop=True)
 def needs_labels(self:KDLoss): return 'target' in self.arguments and self.arguments['target'].default is Parameter.empty
 
-# %% ../nbs/00_losses.ipynb #596d2f2c
+# %% ../nbs/00_losses.ipynb #5a938cd7
 @patch(as_prop=True)
 def has_parameters(self:KDLoss): return next(self.parameters(), None) is not None or type(self).build is not KDLoss.build
 
 @patch
 def build(self:KDLoss, fm_s, fm_t):
-    "Make the parameters from the activations of a first batch; nothing to do where they are there already."
+    "Make the parameters from the activations of a first batch; a loss without parameters does nothing."
 
 # %% ../nbs/00_losses.ipynb #626f2f7a
-def _checked_temperature(T):
-    "`T`, a temperature or a schedule of it, unless it is a number that makes no sense"
-    if not callable(T) and not 0 < T < float('inf'): raise ValueError(f"The temperature must be a number above 0, not {T}.")
-    return T
+def checked_temperature(
+    T # A number, or a function of training progress
+):
+    "`T`. Raises `ValueError` for a number that is not a temperature."
+    if callable(T): return T
+    if not isinstance(T, str) and 0 < T < float('inf'): return T
+    raise ValueError(f"The temperature must be a number above 0, or a function of training progress, got {T!r}.")
 
 # %% ../nbs/00_losses.ipynb #0eb460fd
 @patch
 def temperature(self:KDLoss,
     pct_train:float=None # Training progress in [0,1], for a schedule
 ):
-    "The temperature at this point of the training, `None` for a loss without one."
+    "The temperature at this point of the training; `None` for a loss without one."
     if not callable(self.T): return self.T
     if pct_train is None: raise ValueError("The temperature is a schedule: pass `pct_train`, the training progress in [0,1].")
-    return _checked_temperature(self.T(pct_train))
+    return checked_temperature(self.T(pct_train))
 
 # %% ../nbs/00_losses.ipynb #c2e65599
-def _same_classes(pred, teacher_pred):
-    "Raise an error if the logits of student and teacher differ in shape"
-    if pred.shape != teacher_pred.shape:
-        raise ValueError(f"The student's logits {tuple(pred.shape)} and the teacher's {tuple(teacher_pred.shape)} differ in shape: "
-                         "both models must know the same classes, in the same order.")
+def same_classes(
+    pred:Tensor, # Logits of the student
+    teacher_pred:Tensor, # Logits of the teacher
+    axis:int # The class axis
+):
+    "Raise `ValueError` if the logits of student and teacher differ in shape."
+    if pred.shape == teacher_pred.shape: return
+    shapes = f"The student's logits {tuple(pred.shape)} and the teacher's {tuple(teacher_pred.shape)}"
+    if pred.ndim == teacher_pred.ndim and pred.shape[axis] == teacher_pred.shape[axis]:
+        raise ValueError(f"{shapes} differ in size: "
+                         "resize the teacher's to the student's, e.g. with `F.interpolate`.")
+    raise ValueError(f"{shapes} differ in shape: both models must know the same classes, in the same order.")
 
 # %% ../nbs/00_losses.ipynb #06ab90a3
 def _rows(z, axis):
@@ -148,10 +156,10 @@ def logit_rows(
     axis=-1, # The class axis
     ignore_index=None, # Label of the positions to leave out
 ):
-    """Logits of student and teacher as rows `(N, C)` and their labels `(N,)`, without the positions labelled `ignore_index`.
+    """Logits of student and teacher as rows `(N, C)` and their labels `(N,)`, without the positions labeled `ignore_index`.
 
     Raises `ValueError` if the shapes do not agree."""
-    _same_classes(pred, teacher_pred)
+    same_classes(pred, teacher_pred, axis)
     s,t = _rows(pred, axis),_rows(teacher_pred, axis)
     if target is None or target.is_floating_point(): return s,t,None # probabilities as labels leave nothing out
     target = target.reshape(-1)
@@ -162,7 +170,7 @@ def logit_rows(
     keep = target != ignore_index
     return (s,t,target) if keep.all() else (s[keep],t[keep],target[keep])
 
-# %% ../nbs/00_losses.ipynb #761f6b6a
+# %% ../nbs/00_losses.ipynb #5fd9b1b4
 @patch
 def rows(self:KDLoss, pred, teacher_pred, target=None, axis=-1, ignore_index=None):
     "`logit_rows` of a batch. Raises `ValueError` for fewer classes than the loss can compare."
@@ -171,18 +179,30 @@ def rows(self:KDLoss, pred, teacher_pred, target=None, axis=-1, ignore_index=Non
     if ignore_index is None and not self.needs_labels: target = None  # they may be of any kind
     return logit_rows(pred, teacher_pred, target, axis, ignore_index)
 
+# %% ../nbs/00_losses.ipynb #f558d91b
+def unmasked(
+    s:Tensor, # Logits of the student
+    t:Tensor, # Logits of the teacher
+) -> Tensor:
+    "True where the logits count: everywhere but where both are `-inf`."
+    return ~torch.maximum(s, t).isneginf()
+
 # %% ../nbs/00_losses.ipynb #33f5bab8
-def _row_mean(x):
-    "Mean of the losses `x` of rows, 0 where every row was left out"
+def row_mean(
+    x:Tensor # Losses of rows
+):
+    "Mean of `x`; 0 if every row was left out."
     return x.mean() if len(x) else x.sum()
 
-# %% ../nbs/00_losses.ipynb #9fb2bec2
+# %% ../nbs/00_losses.ipynb #59d6680c
 def mean_logits(
     logits:list, # One tensor of logits for each model, all of one shape
-    T:float|None=1., # Temperature at which probabilities are averaged; `None` for the plain mean
+    T:float|None=1., # Temperature at which probabilities are averaged; `None` for the mean of the logits
     axis:int|None=-1 # The class axis; `None` if each number is a yes or no of its own
 ) -> Tensor:
-    "Logits `z` of an ensemble: `softmax(z/T)` (with `axis=None` the sigmoid) is the mean of the models' `softmax(z_i/T)`; with `T=None`, and for a single column, the mean of `z_i`."
+    """Logits `z` of an ensemble: `softmax(z/T)` is the mean of the models' `softmax(z_i/T)`.
+
+    With `axis=None` the same holds for the sigmoid. With `T=None`, and for a single column, `z` is the mean of the `z_i`."""
     if len(logits) == 1: return logits[0]
     z = torch.stack([plain(o) for o in logits])
     if axis is None and T is not None: return T*(F.logsigmoid(z/T).logsumexp(0) - F.logsigmoid(-z/T).logsumexp(0))
@@ -190,32 +210,32 @@ def mean_logits(
     log_p = (z/T).log_softmax(axis if axis < 0 else axis+1)  # the models are the first dimension
     return T*(log_p.logsumexp(0) - math.log(len(logits)))
 
-# %% ../nbs/00_losses.ipynb #bcc84317
+# %% ../nbs/00_losses.ipynb #ffff6b6d
 @patch
 def average(self:KDLoss,
     logits:list, # One tensor of logits for each teacher
     axis:int=-1, # The class axis
     pct_train:float=None # Training progress in [0,1]
 ) -> Tensor:
-    "The logits of several teachers as one teacher's, averaged as this loss compares them."
+    "The logits of several teachers as those of one teacher, averaged as this loss compares them."
     T = self.temperature(pct_train)
     if self.ensemble is None: T = None
     if self.ensemble == 'sigmoid': T,axis = T or 1.,None
     return mean_logits(logits, T, axis)
 
-# %% ../nbs/00_losses.ipynb #29d0d037
+# %% ../nbs/00_losses.ipynb #e0daf842
 class FunctionLoss(KDLoss):
-    "A function or a foreign module as a `KDLoss`."
+    "A function or a foreign module as a `KDLoss`. Raises `TypeError` for arguments that the callback cannot pass."
     def __init__(self,
         fn # A function of `loss_inputs`
     ):
         super().__init__()
         self.fn = fn
         known = [n for n,p in self.arguments.items() if n in loss_inputs]
-        if not self.needs: raise TypeError(f"The loss {self.name} takes none of the keywords {', '.join(loss_inputs)}.")
+        if not self.needs: raise TypeError(f"The loss {self.name} takes none of the arguments {', '.join(loss_inputs)}.")
         more = [n for n,p in self.arguments.items() if n not in known and p.default is p.empty and p.kind not in (p.VAR_POSITIONAL,p.VAR_KEYWORD)]
         if more:
-            raise TypeError(f"The loss {self.name} asks for {', '.join(more)}, but a loss can only ask for {', '.join(loss_inputs)}: "
+            raise TypeError(f"The loss {self.name} requires {', '.join(more)}, but a loss can only require {', '.join(loss_inputs)}: "
                             "wrap it, e.g. `lambda pred, teacher_pred: F.mse_loss(pred, teacher_pred)`.")
 
     needs_layout = False
@@ -228,37 +248,54 @@ class FunctionLoss(KDLoss):
     def arguments(self): return signature(self.fn.forward if isinstance(self.fn, nn.Module) else self.fn).parameters
     def forward(self, **kwargs): return self.fn(**kwargs)
 
-# %% ../nbs/00_losses.ipynb #97d3b897
+# %% ../nbs/00_losses.ipynb #eb6d1ee9
 def as_loss(
     o # A loss class, an instance, a `partial` of a class, a function or a module
 ) -> KDLoss:
-    "The `KDLoss` that is meant. Raises `TypeError` if there is none."
+    "`o` as a `KDLoss`. Raises `TypeError` if it is none of these."
     if isinstance(o, type) or (isinstance(o, partial) and isinstance(o.func, type)): o = o()
     if isinstance(o, KDLoss): return o
     if not callable(o): raise TypeError(f"A loss is a loss class, an instance or a function, got {o!r}.")
     return FunctionLoss(o)
 
 # %% ../nbs/00_losses.ipynb #8d833115
+def _kl_block(student, teacher, T, out=None):
+    "KL divergence of each row, and `p_s - p_t`, written to `out` if given"
+    z = torch.stack((student, teacher))
+    top = z.amax(-1, keepdim=True).clamp_(min=torch.finfo(z.dtype).min)  # a row of -inf keeps p = 0
+    p = z.sub_(top).mul_(1/T).exp_()  # in place from here on: memory
+    total = p.sum(-1, keepdim=True).clamp_(min=torch.finfo(z.dtype).tiny)
+    (lse_s,lse_t),(inv_s,inv_t) = torch.add(top, total.log(), alpha=T),total.reciprocal_()
+    h = torch.addcmul(p[0].mul_(inv_s), p[1], inv_t)
+    del z, p
+    # a class that is masked with -inf in both models has v = NaN and h = 0; masked in the teacher alone, v = inf
+    v = torch.add((lse_t - lse_s).mul_(.5/T), student - teacher, alpha=.5/T).nan_to_num_(0., 1e30, -torch.inf)
+    w = v.tanh()
+    kl = torch.sub(w, v, out=v).lerp_(w, w).mul_(h).nansum(-1)
+    m = w.mul_(h).sum(-1)  # NaN if a logit is NaN
+    diff = torch.addcmul(w, h, m[...,None], value=-.5, out=v if out is None else out)
+    return kl.addcmul_(m, m, value=-.5).clamp_(min=0),diff
+
+# %% ../nbs/00_losses.ipynb #71f0e750
 class _SoftmaxKL(torch.autograd.Function):
     "`softmax_kl` of each row, or `mean_softmax_kl`, and its gradient"
     @staticmethod
     def forward(ctx, student, teacher, T, mean):
-        log_s,log_t = F.log_softmax(student/T, -1), F.log_softmax(teacher/T, -1)
-        u = log_s - log_t
-        p_s,p_t = log_s.exp_(), log_t.exp_() # in place from here on: memory
-        diff = p_s.sub_(p_t)
-        ctx.T = T
+        C,room = student.shape[-1],2**(17 if student.device.type == 'cpu' else 24)
+        if student.numel() <= room: kl,diff = _kl_block(student, teacher, T)
+        else:
+            diff = torch.empty_like(student, memory_format=torch.contiguous_format)
+            blocks = zip(*(o.reshape(-1, C).split(max(1, room//C)) for o in (student,teacher,diff)))
+            kl = torch.cat([_kl_block(*o[:2], T, o[2])[0] for o in blocks]).view(student.shape[:-1])
         ctx.save_for_backward(student, diff)
-        axis,n = (None, max(diff.shape[:-1].numel(), 1)) if mean else (-1, 1)
-        # no NaN of a class that is masked with -inf in both; a NaN among the logits shows in `diff`
-        kl = (diff.sum(axis) - p_t.mul_(u).nansum(axis)).clamp_(min=0)
-        ctx.factor = T/n if mean else 1/T # of `diff`, in the gradient
-        return kl.mul_(T*T/n) if mean else kl
+        n = max(kl.numel(), 1) if mean else 1
+        ctx.T,ctx.factor = T,T/n if mean else 1/T  # of `diff`, in the gradient
+        return kl.sum().mul_(T*T/n) if mean else kl
 
     @staticmethod
     def backward(ctx, grad):
         student,diff = ctx.saved_tensors
-        if torch.is_grad_enabled(): # a second derivative is wanted: the same value, with the student's graph
+        if torch.is_grad_enabled():  # for a second derivative: the same value, with the student's graph
             p_s = F.softmax(student/ctx.T, -1)
             diff = diff + (p_s - p_s.detach())
         return diff * (grad*ctx.factor)[...,None], None, None, None
@@ -271,7 +308,7 @@ def softmax_kl(
 ):
     """`KL(softmax(teacher/T) ‖ softmax(student/T))` over the last axis, of shape `(...)`.
 
-    Never negative; classes may be masked with `-inf` in both (masked in the student alone, the divergence is infinite)."""
+    Never negative. Classes may be masked with `-inf` in both, 0 if all are; if the student alone masks a class, the divergence is infinite."""
     return _SoftmaxKL.apply(student, teacher, T, False)
 
 # %% ../nbs/00_losses.ipynb #f6339cc4
@@ -280,28 +317,35 @@ def mean_softmax_kl(
     teacher:Tensor, # Logits `(..., C)`; they get no gradient
     T:float=1., # Temperature
 ):
-    "`T²` times the mean of `softmax_kl` over all rows, 0 where there are none; its gradient stays of one size whatever `T` is. For tensors of single precision or better."
+    """`T²` times the mean of `softmax_kl` over all rows, 0 if there are none; the size of its gradient does not depend on `T`.
+
+    For tensors of at least single precision."""
     return _SoftmaxKL.apply(student, teacher, T, True)
 
 # %% ../nbs/00_losses.ipynb #f7a3bd83
 class SoftTarget(KDLoss):
     """Match the teacher's softened class probabilities: `T²·mean KL(softmax(z_t/T) ‖ softmax(z_s/T))`.
 
-    Logits of any shape with the classes on `axis`; the mean is over positions, those labelled `ignore_index` left out.
+    Logits of any shape with the classes on `axis`; the mean is over positions, without those labeled `ignore_index`.
     With `standardize`, each row of logits is first z-scored: `(z - mean)/(1e-7 + std)`.
-    Raises `ValueError` for logits of one column, with `standardize` of two, and of different shapes.
+    Raises `ValueError` for logits of one column (of two with `standardize`), and for shapes that differ.
     Hinton et al. 2015, "Distilling the knowledge in a neural network"; Sun et al., CVPR 2024, "Logit standardization in knowledge distillation"."""
     compares = 'classes'
     paper,min_classes = (0.1, 0.9),2
+    # top-k keeps each probability of the k classes at T=1; the other classes share the rest, which counts the more the higher T is
+    needs_all_logits = False
     too_few = "The softmax of a single column is always 1: use `BinarySoftTarget` for a yes/no output, `Logits` for a regression."
     methods = {'soft': dict(weight=0.5), 'soft-paper': dict(T=4), 'standardized': dict(T=2, standardize=True)}
     def __init__(self,
-        T=None, # Temperature, or a function of training progress; `None` for 5, and for 2 with `standardize`
+        T='auto', # Temperature, or a function of training progress; 'auto' is 5, or 2 with `standardize`
         standardize=False, # z-score each row of logits first?
     ):
-        super().__init__((2. if standardize else 5.) if T is None else T)
-        self.standardize = standardize
-        if standardize: self.paper,self.min_classes,self.too_few = (0.1, 9.),3,"Two standardized logits are ±0.71 whatever the model says, a step without a gradient: use `SoftTarget()`."
+        super().__init__()
+        if isinstance(T, str) and T == 'auto': T = 2. if standardize else 5.
+        self.T,self.standardize = checked_temperature(T),standardize
+        if standardize:
+            self.paper,self.min_classes,self.needs_all_logits = (0.1, 9.),3,True
+            self.too_few = "Two standardized logits are ±0.71 for any output, so the loss has no gradient: use `SoftTarget()`."
 
     def forward(self, pred, teacher_pred, target=None, axis=-1, ignore_index=None, pct_train=None):
         s,t,_ = self.rows(pred, teacher_pred, target, axis, ignore_index)
@@ -314,9 +358,9 @@ class SoftTarget(KDLoss):
 def standardize_rows(
     z:Tensor, # Logits `(N, C)`
 ):
-    "z-score of each row, `(z - mean)/(1e-7 + std)` with the unbiased standard deviation; classes masked with `-inf` stay so and do not count."
+    "z-score of each row, `(z - mean)/(1e-7 + std)` with the unbiased standard deviation; classes masked with `-inf` stay masked and do not count."
     kept = z > -torch.inf
-    n = kept.sum(-1, keepdim=True)
+    n = kept.sum(-1, keepdim=True, dtype=z.dtype)
     d = torch.where(kept, z - torch.where(kept, z, 0).sum(-1, keepdim=True)/n, 0)
     std = torch.linalg.vector_norm(d, dim=-1, keepdim=True) / (n-1).clamp(min=1).sqrt()
     return torch.where(kept, d/(1e-7+std), -torch.inf)
@@ -325,17 +369,18 @@ def standardize_rows(
 class Logits(KDLoss):
     """Match the teacher's logits themselves: `mean (z_s - z_t)²`.
 
-    Logits of any shape, also of a single column (regression); positions labelled `ignore_index` are left out.
+    Logits of any shape, also of a single column (regression), without positions labeled `ignore_index` and classes masked with `-inf` in both models.
     Ba & Caruana, NeurIPS 2014, "Do deep nets really need to be deep?"."""
     paper,ensemble = (0., 1.),None
     methods = {'logits': dict(weight=0.5)}
     def forward(self, pred, teacher_pred, target=None, axis=-1, ignore_index=None):
         s,t,_ = self.rows(pred, teacher_pred, target, axis, ignore_index)
-        return F.mse_loss(s, t) if len(s) else s.sum()
+        kept = unmasked(s, t)
+        return F.mse_loss(torch.where(kept, s, 0), torch.where(kept, t, 0), reduction='sum') / kept.sum().clamp(min=1)
 
 # %% ../nbs/00_losses.ipynb #92c35179
 class Mutual(SoftTarget):
-    """`SoftTarget` at `T=1`: the loss with which learners that train side by side teach each other.
+    """`SoftTarget` at `T=1`: learners that train together teach each other with it.
 
     Zhang et al., CVPR 2018, "Deep mutual learning"."""
     paper = (1., 1.)
@@ -344,9 +389,9 @@ class Mutual(SoftTarget):
 
 # %% ../nbs/00_losses.ipynb #c8468db6
 def _class_labels(target, loss):
-    "`target`, if it holds class indices"
+    "`target`. Raises `ValueError` if it does not hold class indices"
     if target is None or target.is_floating_point():
-        raise ValueError(f"{type(loss).__name__} needs class labels: one index for each row of logits. "
+        raise ValueError(f"{loss.name} needs class labels: one index for each row of logits. "
                          "For labels that are probabilities, or for MixUp, use `SoftTarget`.")
     return target.long()
 
@@ -360,22 +405,22 @@ def without_class(
 
 # %% ../nbs/00_losses.ipynb #7b15691c
 class DecoupledKD(KDLoss):
-    """Match target class and other classes apart: `T²·mean(alpha·KL(b_t ‖ b_s) + beta·KL(q_t ‖ q_s))`, `b = [p_y, 1-p_y]`, `q` the softmax over classes other than `y`.
+    """Match target class and other classes apart: `T²·mean(alpha·KL(b_t ‖ b_s) + beta·KL(q_t ‖ q_s))`.
 
-    Needs class indices; positions labelled `ignore_index` are left out. Raises `ValueError` for labels that are no indices, and for fewer than three classes.
-    Published with a weight that grows over the first 20 epochs, and `alpha=1, beta=8, T=4` on CIFAR-100.
+    `b = [p_y, 1-p_y]`; `q` is the softmax over the classes other than `y`. Needs class indices, without positions labeled `ignore_index`.
+    Raises `ValueError` for labels that are no indices, and for fewer than three classes. Published with `alpha=1, beta=8, T=4` on CIFAR-100.
     Zhao et al., CVPR 2022, "Decoupled knowledge distillation"; computed in log space, where the authors' code gives inf for a very sure student."""
     compares = 'classes'
     paper,warmup_epochs,min_classes = (1., 1.),20,3
     too_few = "With a single class beside the right one, the part that this loss adds is always 0: use `SoftTarget`."
     methods = {'dkd': dict(schedule='warmup')}
     def __init__(self,
-        alpha=1., # Weight of the target class' part (TCKD)
-        beta=8., # Weight of the other classes' part (NCKD)
+        alpha=1., # Weight of the target class (TCKD)
+        beta=8., # Weight of the other classes (NCKD)
         T=4., # Temperature, or a function of training progress
     ):
-        super().__init__(T)
-        self.alpha,self.beta = alpha,beta
+        super().__init__()
+        self.alpha,self.beta,self.T = alpha,beta,checked_temperature(T)
 
     def forward(self, pred, teacher_pred, target, axis=-1, ignore_index=None, pct_train=None):
         T = self.temperature(pct_train)
@@ -388,20 +433,22 @@ class DecoupledKD(KDLoss):
 
 # %% ../nbs/00_losses.ipynb #3140c9b4
 class NormalizedKD(KDLoss):
-    """Soft label on the right class and normalised others (NKD): `-mean p_t[y]·log p_s[y] - gamma·T²·mean Σ_{i≠y} q_t,i·log q_s,i`, `p` the softmax at `T=1`, `q` the one at `T` over the classes other than `y`.
+    """Soft label for the right class, normalized other classes (NKD): `-mean p_t[y]·log p_s[y] - gamma·T²·mean Σ_{i≠y} q_t,i·log q_s,i`.
 
-    Needs class indices; positions labelled `ignore_index` are left out. Raises `ValueError` for labels that are no indices, and for a single class.
+    `p` is the softmax at `T=1`, `q` the softmax at `T` over the classes other than `y`.
+    Needs class indices, without positions labeled `ignore_index`. Raises `ValueError` for labels that are no indices, and for a single class.
     Yang et al., ICCV 2023, "From knowledge distillation to self-knowledge distillation"."""
     compares = 'classes'
     paper,min_classes = (1., 1.),2
+    needs_all_logits = False  # probabilities at T=1, as in `SoftTarget`
     too_few = "Use `BinarySoftTarget` for a yes/no output, `Logits` for a regression."
     methods = {'nkd': {}}
     def __init__(self,
-        gamma=1.5, # Weight of the other classes' part
-        T=1., # Temperature of the other classes' part, or a function of training progress
+        gamma=1.5, # Weight of the other classes
+        T=1., # Temperature of the other classes, or a function of training progress
     ):
-        super().__init__(T)
-        self.gamma = gamma
+        super().__init__()
+        self.gamma,self.T = gamma,checked_temperature(T)
 
     def forward(self, pred, teacher_pred, target, axis=-1, ignore_index=None, pct_train=None):
         T = self.temperature(pct_train)
@@ -410,7 +457,7 @@ class NormalizedKD(KDLoss):
         s,t = without_class(s, y), without_class(t, y)
         # the cross-entropy of the others, as divergence plus entropy: no 0·inf at the masked class
         others = softmax_kl(s, t, T) + torch.special.entr((t/T).softmax(-1)).sum(-1)
-        return _row_mean(label) + self.gamma*T**2*_row_mean(others)
+        return row_mean(label) + self.gamma*T**2*row_mean(others)
 
     def extra_repr(self): return f'gamma={self.gamma}, T={self.T}'
 
@@ -418,37 +465,44 @@ class NormalizedKD(KDLoss):
 def pearson(
     x:Tensor, # `(N, C)`
     y:Tensor, # `(N, C)`
+    kept:Tensor=None, # Which entries count, `(N, C)` of bool, all by default; the others must be 0
     eps=1e-8, # Added to the product of the norms
 ):
-    "Pearson correlation of `x` and `y` along the last axis; 0 where one of them is constant."
-    x,y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
+    "Pearson correlation of `x` and `y` along the last axis; 0 if one of them is constant."
+    if kept is None: x,y = (z - z.mean(-1, keepdim=True) for z in (x, y))
+    else:
+        n = kept.sum(-1, keepdim=True).clamp(min=1)
+        x,y = (torch.where(kept, z - z.sum(-1, keepdim=True)/n, 0) for z in (x, y))
     return (x*y).sum(-1) / (torch.linalg.vector_norm(x, dim=-1)*torch.linalg.vector_norm(y, dim=-1) + eps)
 
 # %% ../nbs/00_losses.ipynb #2dc893ee
 class DIST(KDLoss):
-    """Match the teacher's relations: `T²·(beta·(1 - mean ρ(rows)) + gamma·(1 - mean ρ(columns)))`, `ρ` the Pearson correlation of the class probabilities at `T`.
+    """Match the teacher's relations: `T²·(beta·(1 - mean ρ(rows)) + gamma·(1 - mean ρ(columns)))`.
 
-    Rows are positions, those labelled `ignore_index` left out; columns are classes. In a batch of one row the columns have no correlation, which counts as 0.
-    Raises `ValueError` for logits of one column, and of two unless `beta` is 0.
+    `ρ` is the Pearson correlation of the class probabilities at `T`. Rows are positions, without those labeled `ignore_index`; columns are classes.
+    The columns of a batch of one row have no correlation, which counts as 0. Raises `ValueError` for logits of one column, and of two unless `beta` is 0.
     Huang et al., NeurIPS 2022, "Knowledge distillation from a stronger teacher"."""
     compares = 'classes'
     paper,min_classes = (1., 2.),3
-    too_few = "The probabilities of two classes have a correlation of 1 or -1, a step without a gradient: use `DIST(beta=0)`, which compares the images of each class only, or `SoftTarget`."
+    too_few = ("The probabilities of two classes have a correlation of 1 or -1, which has no gradient: use `DIST(beta=0)`, "
+               "which compares the images of each class only, or `SoftTarget`.")
     def __init__(self,
         beta=1., # Weight of the rows: classes of an image
         gamma=1., # Weight of the columns: images of a class
         T=1., # Temperature, or a function of training progress; 4 on CIFAR
     ):
-        super().__init__(T)
-        self.beta,self.gamma = beta,gamma
+        super().__init__()
+        self.beta,self.gamma,self.T = beta,gamma,checked_temperature(T)
         if not beta: self.min_classes,self.too_few = 2,"Use `BinarySoftTarget` for a yes/no output, `Logits` for a regression."
 
     def forward(self, pred, teacher_pred, target=None, axis=-1, ignore_index=None, pct_train=None):
         T = self.temperature(pct_train)
         s,t,_ = self.rows(pred, teacher_pred, target, axis, ignore_index)
         if not len(s): return s.sum()
+        kept = unmasked(s, t)
         s,t = (s/T).softmax(-1), (t/T).softmax(-1)
-        return T**2 * (self.beta*(1 - pearson(s, t).mean()) + self.gamma*(1 - pearson(s.T, t.T).mean()))
+        columns = pearson(s.T, t.T, kept.T).sum() / kept.any(0).sum()
+        return T**2 * (self.beta*(1 - pearson(s, t, kept).mean()) + self.gamma*(1 - columns))
 
     def extra_repr(self): return f'beta={self.beta}, gamma={self.gamma}, T={self.T}'
 
@@ -456,17 +510,19 @@ class DIST(KDLoss):
 class BinarySoftTarget(KDLoss):
     """Match the teacher's softened yes/no probabilities: `T²·mean KL(sigmoid(z_t/T) ‖ sigmoid(z_s/T))` over all labels.
 
-    Logits of any shape. The soft binary cross-entropy minus the teacher's entropy."""
+    Logits of any shape, without those masked with `-inf` in both models. The soft binary cross-entropy minus the teacher's entropy."""
     paper,ensemble = (0.5, 0.5),'sigmoid'
     def __init__(self,
         T=2., # Temperature, or a function of training progress
     ):
-        super().__init__(T)
+        super().__init__()
+        self.T = checked_temperature(T)
 
     def forward(self, pred, teacher_pred, pct_train=None):
-        s,t,_ = logit_rows(pred, teacher_pred)
+        T,(s,t,_) = self.temperature(pct_train),logit_rows(pred, teacher_pred)
+        kept = unmasked(s, t)
         s,t = (torch.stack([z, torch.zeros_like(z)], -1) for z in (s, t)) # a sigmoid is a softmax against 0
-        return mean_softmax_kl(s, t, self.temperature(pct_train))
+        return T**2 * softmax_kl(s, t, T).sum() / kept.sum().clamp(min=1)
 
 # %% ../nbs/00_losses.ipynb #7c92dae3
 def channel_kl(
@@ -474,23 +530,26 @@ def channel_kl(
     t:Tensor, # Teacher, of the same shape
     T:float=1., # Temperature
 ):
-    "`T²·mean KL` of the softmaxes over space, mean over images and channels."
+    "`T²·mean KL` of the softmaxes over space, mean over images and channels; channels masked with `-inf` in both models are left out."
     if s.ndim < 3: raise ValueError(f"A channel-wise loss compares maps, and {tuple(s.shape)} has no axes of space.")
-    return mean_softmax_kl(s.flatten(2), t.flatten(2), T)
+    s,t = s.flatten(2),t.flatten(2)
+    kept = unmasked(s.amax(-1), t.amax(-1))
+    return T**2 * softmax_kl(s, t, T).sum() / kept.sum().clamp(min=1)
 
 # %% ../nbs/00_losses.ipynb #4d80ba0f
 class ChannelWise(KDLoss):
     """Match where each class is (CWD on logits): `T²/(B·C)·Σ KL` of the softmaxes over space of each channel.
 
-    Logits `(B, C, H, W)` with `axis=1`, or with the classes on any other `axis`. Raises `ValueError` where there is no axis of space.
+    Logits `(B, C, H, W)` with `axis=1`, or with the classes on any other `axis`. Raises `ValueError` if there is no axis of space.
     Shu et al., ICCV 2021, "Channel-wise knowledge distillation for dense prediction"."""
     compares = 'maps'
     paper,ensemble = (1., 3.),None
     def __init__(self,
         T=1., # Temperature, or a function of training progress
     ):
-        super().__init__(T)
+        super().__init__()
+        self.T = checked_temperature(T)
 
     def forward(self, pred, teacher_pred, axis=1, pct_train=None):
-        _same_classes(pred, teacher_pred)
+        same_classes(pred, teacher_pred, axis)
         return channel_kl(pred.movedim(axis, 1), teacher_pred.movedim(axis, 1), self.temperature(pct_train))

@@ -20,7 +20,7 @@ __all__ = ['plot_losses', 'plot_temperature', 'plot_similarity', 'attention_imag
 
 # %% ../nbs/04_plots.ipynb #3e35fdd3
 def _smoothed(values, beta):
-    "The exponential average of `values` as fastai's recorder takes it, corrected for its start; it stays where a value is NaN"
+    "The exponential average of `values`, corrected for its start; NaN stays NaN and does not count"
     avg,weight,out = 0.,0.,[]
     for v in values:
         if math.isfinite(v): avg,weight = beta*avg + (1-beta)*v, beta*weight + (1-beta)
@@ -28,112 +28,149 @@ def _smoothed(values, beta):
     return np.array(out)
 
 # %% ../nbs/04_plots.ipynb #88dfad4a
+def _draw_curve(ax, values, smooth, color, label):
+    "The smoothed `values`, with the raw values faint behind them"
+    x = np.arange(1, len(values)+1)
+    if smooth: ax.plot(x, values, color=color, alpha=0.2, lw=0.8)
+    ax.plot(x, _smoothed(values, smooth), color=color, label=label)
+
+def _far_apart(curves):
+    "Do the means of `curves`, all positive, differ more than twentyfold?"
+    means = [c.mean() for c in curves]
+    return bool(curves) and min(c.min() for c in curves) > 0 and max(means) > 20*min(means)
+
+def _finish(ax, beside, **labels):
+    "Title and labels, no box, and the legend: `beside` the axes, where it covers nothing, or within them"
+    ax.set(**labels)
+    ax.spines[['top','right']].set_visible(False)
+    place = dict(loc='upper left', bbox_to_anchor=(1.01,1), borderaxespad=0) if beside else {}
+    if ax.get_legend_handles_labels()[0]: ax.legend(fontsize='small', frameon=False, **place)
+    return ax
+
+def _axes(ax, figsize):
+    "`ax`, or the axes of a new figure"
+    return plt.subplots(figsize=figsize, layout='constrained')[1] if ax is None else ax
+
+# %% ../nbs/04_plots.ipynb #fe5ace51
 def plot_losses(
     curves:dict, # `{'train': {term: one value per batch}, 'steps': batches trained by the end of each epoch}`, such as `kd.curves`
     terms:list=None, # Terms to show, by default all
-    smooth:float=0.9, # Weight of the past in the training curve; 0 for the raw values
-    log:bool=None, # Logarithmic axis? By default where terms differ more than twentyfold
+    smooth:float=0.9, # Weight of the past in the smoothed curve; 0 for the raw values
+    log:bool=None, # Use a logarithmic axis? By default if the terms differ more than twentyfold
     figsize:tuple=(7,4), # Size of a new figure, in inches
+    weighted:bool=False, # Draw each term times its weight in the objective?
     ax=None # Axes to draw into
 ):
-    "The curve of each term: its smoothed value, with the raw values faint behind it. Returns the axes. NaN is where a term was not computed."
-    train = curves['train']
+    "The smoothed curve of each term, with a gap where it was not computed; the raw values are faint. Raises `ValueError` for an unknown term."
+    train = {term: np.array(values, dtype=float) for term,values in curves['train'].items()}
+    if weighted: train = {term: values*np.array(curves['weights'][term]) for term,values in train.items()}
     terms = list(train) if terms is None else list(terms)
     unknown = [t for t in terms if t not in train]
     if unknown: raise ValueError(f"There is no curve {unknown[0]!r}; the curves are {', '.join(map(repr, train))}.")
-    if ax is None: ax = plt.subplots(figsize=figsize)[1]
-    means,least = [],math.inf
-    for i,term in enumerate(terms):
-        color,raw = f'C{i%10}',np.array(train[term], dtype=float)
-        finite = raw[np.isfinite(raw)]
-        if not len(finite): continue
-        means,least = means + [finite.mean()],min(least, finite.min())
-        x = np.arange(1, len(raw)+1)
-        if smooth: ax.plot(x, raw, color=color, alpha=0.2, lw=0.8)
-        ax.plot(x, _smoothed(raw, smooth), color=color, label=term)
-    if log is None: log = 0 < least < math.inf and max(means) > 20*min(means)
+    drawn = {t: train[t] for t in terms if np.isfinite(train[t]).any()}
+    new,ax = ax is None,_axes(ax, figsize)
+    for i,t in enumerate(terms):
+        if t in drawn: _draw_curve(ax, drawn[t], smooth, f'C{i%10}', t)
+    if log is None: log = _far_apart([v[np.isfinite(v)] for v in drawn.values()])
     if log: ax.set_yscale('log')
-    ax.set(xlabel='training batches', ylabel='loss')
-    ax.spines[['top','right']].set_visible(False)
-    if ax.get_legend_handles_labels()[0]: ax.legend(fontsize='small', frameon=False)
-    return ax
+    return _finish(ax, new, title='Parts of the objective in training' if weighted else 'Losses in training', xlabel='training batches', ylabel='loss')
 
 # %% ../nbs/04_plots.ipynb #758050e8
+def _draw_probabilities(ax, logits, Ts, labels):
+    "`softmax(logits/T)` for each temperature: groups of bars, or lines for more than 20 classes"
+    n,width = len(logits),0.8/len(Ts)
+    x = np.arange(n)
+    for i,(T,color) in enumerate(zip(Ts, plt.get_cmap('viridis')(np.linspace(0, 0.9, len(Ts))))):
+        p = (logits/T).softmax(0).numpy()
+        if n <= 20: ax.bar(x + width*(i + 0.5) - 0.4, p, width, color=color, label=f'T = {T:g}')
+        else: ax.plot(x, p, color=color, label=f'T = {T:g}')
+    long = sum(len(str(l)) for l in labels or []) > 60
+    if n <= 20: ax.set_xticks(x, labels or x, rotation=45*long, ha='right' if long else 'center')
+
 def plot_temperature(
-    logits, # The logits of one example, one number a class
+    logits, # The logits of one example, one number for each class
     Ts=(1,2,5,20), # Temperatures
     labels:list=None, # Names of the classes
     figsize:tuple=(7,3.5), # Size of a new figure, in inches
     ax=None # Axes to draw into
 ):
-    "The probabilities `softmax(logits/T)` of one example at each temperature of `Ts`. Returns the axes. Raises `ValueError` for the logits of several examples."
+    "The probabilities `softmax(logits/T)` of one example at each temperature of `Ts`. Raises `ValueError` for the logits of several examples."
     logits = torch.as_tensor(logits).detach().cpu().as_subclass(Tensor).double()
-    if logits.ndim != 1: raise ValueError(f"The logits of one example are a vector, but these have the shape {tuple(logits.shape)}; take one row.")
-    if ax is None: ax = plt.subplots(figsize=figsize)[1]
-    n,width,x = len(logits),0.8/len(Ts),np.arange(len(logits))
-    colors = plt.get_cmap('viridis')(np.linspace(0, 0.9, len(Ts)))
-    for i,(T,color) in enumerate(zip(Ts, colors)):
-        p = (logits/T).softmax(0).numpy()
-        if n <= 20: ax.bar(x + width*(i + 0.5) - 0.4, p, width, color=color, label=f'T = {T:g}')
-        else: ax.plot(x, p, color=color, label=f'T = {T:g}')
-    if n <= 20: ax.set_xticks(x, labels or x, rotation=45*(sum(len(str(l)) for l in labels or []) > 60))
-    ax.set(xlabel='class', ylabel='probability')
-    ax.spines[['top','right']].set_visible(False)
-    ax.legend(frameon=False)
-    return ax
+    if logits.ndim != 1: raise ValueError(f"The logits of one example must be a vector, got shape {tuple(logits.shape)}: take one row.")
+    new,ax = ax is None,_axes(ax, figsize)
+    _draw_probabilities(ax, logits, Ts, labels)
+    return _finish(ax, new, title='Probabilities at each temperature', xlabel='class', ylabel='probability')
 
 # %% ../nbs/04_plots.ipynb #b35e5964
 def _short(names):
-    "`names` without the dotted beginning that all of them share, and that beginning"
+    "`names` without the dotted start that all of them share, and that start"
     parts = [str(n).split('.') for n in names]
     k = next((i for i,p in enumerate(zip(*parts)) if len(set(p)) > 1), 0) if len(parts) > 1 else 0
     return ['.'.join(p[k:]) for p in parts],'.'.join(parts[0][:k]) if parts else ''
 
 # %% ../nbs/04_plots.ipynb #8dc9aad0
+def _name_layers(axis, names, role):
+    "The names of layers at the ticks of `axis`; their common start goes into its label"
+    short,common = _short(names)
+    axis.set_ticks(range(len(names)), short)
+    axis.set_label_text(f'{role}: {common}.*' if common else role)
+
+def _write_values(ax, values):
+    "Each of `values` in its cell"
+    for (i,j),v in np.ndenumerate(values):
+        ax.text(j, i, f'{v:.2f}', ha='center', va='center', fontsize=7, color='black' if v > 0.6 else 'white')
+
+def _frame_pairs(ax, similarity, pairs):
+    "A frame around the cell of each pair"
+    for s,t in zip(*pairs):
+        if s not in similarity.index or t not in similarity.columns: raise ValueError(f"The pair {s!r}, {t!r} is not in the table of similarities.")
+        corner = similarity.columns.get_loc(t) - 0.5,similarity.index.get_loc(s) - 0.5
+        ax.add_patch(plt.Rectangle(corner, 1, 1, fill=False, ec='tab:cyan', lw=2, clip_on=False, zorder=3))
+
+# %% ../nbs/04_plots.ipynb #ceb8d4de
 def plot_similarity(
     similarity:pd.DataFrame, # Rows for layers of the student, columns for the teacher's: from `layer_similarity`
     pairs:tuple=None, # `(student's names, teacher's names)` of pairs to frame, as from `match_layers`
     annotate:bool=None, # Write the values? By default up to 12 layers a side
-    cmap='magma', # Colours
-    figsize:tuple=None, # Size of a new figure, in inches; by default to suit the number of layers
+    cmap='magma', # Colors
+    figsize:tuple=None, # Size of a new figure, in inches; by default it follows the number of layers
     ax=None # Axes to draw into
 ):
-    "A heat map of the similarity of layers, 0 dark and 1 bright. Returns the axes. Raises `ValueError` for a pair that is not in the table."
-    rows,cols = similarity.shape
+    "A heat map of the similarity of layers, 0 dark and 1 bright. Raises `ValueError` for a pair that is not in the table."
+    (rows,cols),values = similarity.shape,similarity.to_numpy(float)
     if annotate is None: annotate = max(rows, cols) <= 12
     cell = 0.5 if annotate else 0.25
-    if ax is None: ax = plt.subplots(figsize=figsize or (min(12, max(4, 2.2 + cell*cols)), min(12, max(2.5, 1.4 + cell*rows))), layout='constrained')[1]
-    image = ax.imshow(similarity.to_numpy(float), cmap=cmap, vmin=0, vmax=1, aspect='auto')
-    for axis,names,who in ((ax.xaxis, similarity.columns, 'teacher'), (ax.yaxis, similarity.index, 'student')):
-        short,common = _short(names)
-        axis.set_ticks(range(len(names)), short)
-        axis.set_label_text(f'{who}: {common}.*' if common else who)
+    ax = _axes(ax, figsize or (min(12, max(4.5, 2.2 + cell*cols)), min(12, max(2.8, 1.7 + cell*rows))))
+    image = ax.imshow(values, cmap=cmap, vmin=0, vmax=1, aspect='auto')
+    _name_layers(ax.xaxis, similarity.columns, 'teacher')
+    _name_layers(ax.yaxis, similarity.index, 'student')
+    longest = max((len(t.get_text()) for t in ax.get_xticklabels()), default=0)
     ax.tick_params(length=0, labelsize='small')
-    if max((len(t.get_text()) for t in ax.get_xticklabels()), default=0) > (4 if annotate else 2): ax.tick_params(axis='x', rotation=90)
-    if annotate:
-        for (i,j),v in np.ndenumerate(similarity.to_numpy(float)):
-            ax.text(j, i, f'{v:.2f}', ha='center', va='center', fontsize=7, color='black' if v > 0.6 else 'white')
-    for s,t in zip(*pairs) if pairs else ():
-        if s not in similarity.index or t not in similarity.columns: raise ValueError(f"The pair {s!r}, {t!r} is not in the table of similarities.")
-        ax.add_patch(plt.Rectangle((similarity.columns.get_loc(t) - 0.5, similarity.index.get_loc(s) - 0.5), 1, 1, fill=False, ec='tab:cyan', lw=2, clip_on=False, zorder=3))
+    if longest > (4 if annotate else 2): ax.tick_params(axis='x', rotation=90)
+    if annotate: _write_values(ax, values)
+    if pairs: _frame_pairs(ax, similarity, pairs)
     ax.figure.colorbar(image, ax=ax, label='linear CKA', fraction=0.05)
+    ax.set_title('Similarity of layers', fontsize='medium')
     return ax
 
 # %% ../nbs/04_plots.ipynb #903c442e
 def attention_images(
-    act:Tensor, # What a layer put out: `(n, c, h, w)`, or tokens `(n, t, c)`
+    act:Tensor, # Output of a layer: `(n, c, h, w)`, or tokens `(n, t, c)`
     channels_last:bool=False # Is it `(n, h, w, c)`?
 ) -> Tensor:
-    "The attention maps `(n, h, w)` of an activation, the mean of its squares over the channels. Tokens are laid out in a square, without leading class tokens. Raises `ValueError` for what has no positions."
+    """The attention maps `(n, h, w)` of an activation: the mean of its squares over the channels.
+
+    Tokens become a square map, without leading class tokens. Raises `ValueError` for activations without positions."""
     act = act.detach().as_subclass(Tensor).float()
     if act.ndim == 4: return act.pow(2).mean(-1 if channels_last else 1)
-    if act.ndim != 3: raise ValueError(f"An attention map needs positions, (n, c, h, w) or (n, tokens, c), but this activation has the shape {tuple(act.shape)}.")
+    if act.ndim != 3:
+        raise ValueError(f"An attention map needs positions, (n, c, h, w) or (n, tokens, c), got an activation of shape {tuple(act.shape)}.")
     side = math.isqrt(act.shape[1])
     return act[:,-side*side:].pow(2).mean(-1).unflatten(1, (side,side))
 
 # %% ../nbs/04_plots.ipynb #01be2135
-def _picture(img):
-    "An image as an array (h, w, 3) of 0..1, from an array of that shape or a tensor (c, h, w), in 0..1 or 0..255"
+def _rgb(img):
+    "An image as an array (h, w, 3) of 0..1, from an array (h, w[, c]) or a tensor (c, h, w), in 0..1 or 0..255"
     if isinstance(img, Tensor):
         whole,img = not img.is_floating_point(),img.detach().cpu().as_subclass(Tensor).float()
         img = (img/255 if whole else img).numpy()
@@ -145,50 +182,60 @@ def _picture(img):
     return np.broadcast_to(img, (*img.shape[:2],3)).clip(0,1)
 
 # %% ../nbs/04_plots.ipynb #1078887b
+def _map_columns(student, teacher, pairs):
+    "`[(role, layer name, maps), ...]`: for each pair the student's, then the teacher's"
+    if pairs is None: pairs = list(student) if isinstance(student, dict) else [(f'layer {i}',)*2 for i in range(len(student))]
+    s,t = (list(m.values()) if isinstance(m, dict) else list(m) for m in (student, teacher))
+    if not len(s) == len(t) == len(pairs):
+        raise ValueError(f"Each pair needs maps of both models, got maps of {len(s)} layers of the student, of {len(t)} of the teacher, "
+                         f"and {len(pairs)} pairs.")
+    return [o for (a,b),x,y in zip(pairs, s, t) for o in (('student', str(a), x), ('teacher', str(b), y))]
+
+def _draw_map(ax, img, m, alpha, cmap):
+    "`img`, and the map `m` over it"
+    h,w = img.shape[:2]
+    ax.imshow(img, extent=(0,w,h,0))
+    ax.set(xticks=[], yticks=[])
+    if m is None: return
+    if isinstance(m, Tensor): m = m.detach().cpu().as_subclass(Tensor).float().numpy()
+    ax.imshow(m, extent=(0,w,h,0), alpha=alpha, cmap=cmap, interpolation='bilinear')
+
+def _tail(name, most=14):
+    "`name`, or the end of a long one"
+    return name if len(name) <= most else '…' + name[1-most:]
+
+# %% ../nbs/04_plots.ipynb #e7ff082b
 def show_attention(
     imgs, # Images: arrays (h, w, 3) in 0..1, or a batch or list of tensors (c, h, w)
     maps_student, # Attention maps (n, h, w) of the student, a dict from pair to maps or a list in the order of `pairs`
     maps_teacher, # The teacher's, likewise
     pairs:list=None, # Pairs `(student's name, teacher's name)` for the titles, by default the keys of `maps_student`
-    alpha:float=0.6, # How much the maps cover the images
-    cmap='inferno', # Colours of the maps
+    alpha:float=0.6, # Opacity of the maps over the images
+    cmap='inferno', # Colors of the maps
     figsize:tuple=None, # Size of a new figure, in inches
     axs=None # Axes to draw into, one row for each image and `1 + 2*len(pairs)` columns
 ):
-    "Attention maps over images, a row for each: the image, then for each pair the student's map and the teacher's, each map from its own least to its own largest value. Returns the axes."
-    if pairs is None: pairs = list(maps_student) if isinstance(maps_student, dict) else [(f'layer {i}',)*2 for i in range(len(maps_student))]
-    s,t = (list(m.values()) if isinstance(m, dict) else list(m) for m in (maps_student, maps_teacher))
-    if not len(s) == len(t) == len(pairs): raise ValueError(f"There are maps of {len(s)} layers of the student, of {len(t)} of the teacher, and {len(pairs)} pairs.")
-    imgs = [_picture(o) for o in imgs]
-    n,cols = min([len(imgs), *map(len, s), *map(len, t)]),1 + 2*len(pairs)
+    """Attention maps over images, a row for each image: the image, then for each pair the student's map and the teacher's.
+
+    The colors of each map go from its least to its largest value. Raises `ValueError` if the numbers of maps and pairs differ."""
+    columns,imgs = _map_columns(maps_student, maps_teacher, pairs),[_rgb(o) for o in imgs]
+    n,cols = min([len(imgs), *(len(maps) for *_,maps in columns)]),1 + len(columns)
     if axs is None: axs = plt.subplots(n, cols, figsize=figsize or (1.25*cols, 1.25*n + 0.5), squeeze=False, layout='constrained')[1]
     axs = np.asarray(axs, dtype=object).reshape(n, cols)
-    names = [o for pair in pairs for o in zip(('student','teacher'), map(str, pair))]
-    maps = [m for both in zip(s, t) for m in both]
-    for r,img in enumerate(imgs[:n]):
-        h,w = img.shape[:2]
-        for c,ax in enumerate(axs[r]):
-            ax.imshow(img, extent=(0,w,h,0))
-            ax.set(xticks=[], yticks=[])
-            if c == 0: continue
-            m = maps[c-1][r]
-            if isinstance(m, Tensor): m = m.detach().cpu().as_subclass(Tensor).float().numpy()
-            ax.imshow(m, extent=(0,w,h,0), alpha=alpha, cmap=cmap, interpolation='bilinear')
-            if r == 0: ax.set_title(f'{names[c-1][0]}\n{_tail(names[c-1][1])}', fontsize=8, color='tab:blue' if c%2 else 'tab:red')
+    for img,i,row in zip(imgs, range(n), axs):
+        for ax,m in zip(row, [None, *(maps[i] for *_,maps in columns)]): _draw_map(ax, img, m, alpha, cmap)
     axs[0,0].set_title('image', fontsize=8)
+    for ax,(role,name,_) in zip(axs[0,1:], columns):
+        ax.set_title(f'{role}\n{_tail(name)}', fontsize=8, color='tab:blue' if role == 'student' else 'tab:red')
     return axs
-
-def _tail(name, most=14):
-    "`name`, or its end where it is long"
-    return name if len(name) <= most else '…' + name[1-most:]
 
 # %% ../nbs/04_plots.ipynb #ddf6bce1
 _plot_losses,_show_attention = plot_losses,show_attention  # `@patch` leaves these names as they are
 
 @patch
 def plot_losses(self:KnowledgeDistillationCallback, **kwargs):
-    "Plot the curve of each term of the last fit; `kwargs` go to `fastkd.plots.plot_losses`."
-    if not self.curves: raise ValueError("There has been no fit yet, so there are no curves.")
+    "Plot the curve of each term of the last fit; `kwargs` are those of `fastkd.plots.plot_losses`."
+    if not self.curves: raise ValueError("There are no curves, because there was no fit yet.")
     return _plot_losses(self.curves, **kwargs)
 
 # %% ../nbs/04_plots.ipynb #2cd52e09
@@ -198,9 +245,10 @@ def show_attention(self:KnowledgeDistillationCallback,
     dl=None, # A `DataLoader` with the images; the validation set by default
     **kwargs
 ):
-    "Show where the student and the teacher of the last fit look, for each pair of layers; `kwargs` go to `fastkd.plots.show_attention`."
+    "Show where the student and the teacher of the last fit look, for each pair of layers; `kwargs` are those of `fastkd.plots.show_attention`."
     learn = self.learn or (self.result and self.result.learn())
-    if learn is None or not self.pairs: raise ValueError("There is nothing to show before a fit with a loss that compares activations.")
+    if learn is None or not self.pairs:
+        raise ValueError("There are no attention maps, because there was no fit yet with a loss that compares activations.")
     dl = dl or learn.dls.valid
     xb = tuple(x[:n] for x in dl.one_batch()[:learn.dls.n_inp])
     device = next(learn.model.parameters()).device

@@ -4,7 +4,7 @@
 
 # %% ../nbs/02_teacher.ipynb #7ff842f3
 from __future__ import annotations
-import hashlib, inspect, re, warnings, zlib
+import hashlib, inspect, re, warnings
 from collections import namedtuple
 from collections.abc import Mapping
 from copy import deepcopy
@@ -25,7 +25,7 @@ __all__ = ['TeacherOutput', 'Knowledge', 'logits_of', 'has_several', 'makes_mode
            'architecture', 'digest', 'copy_of', 'Teacher', 'normalization_between', 'own_dtype', 'eval_when_called',
            'at_rest', 'described']
 
-# %% ../nbs/02_teacher.ipynb #82b4b1cb
+# %% ../nbs/02_teacher.ipynb #80f95650
 #: what a teacher says of a batch: `logits`, a tensor for each model, and `activations`, a dictionary from layer name to tensor
 TeacherOutput = namedtuple('TeacherOutput', 'logits activations')
 
@@ -65,14 +65,14 @@ def _model_of(teacher):
     raise TypeError("A teacher is a trained model (an `nn.Module`), a `Learner`, a callable from inputs to logits, or a "
                     f"list of these, got {got}.")
 
-# %% ../nbs/02_teacher.ipynb #c21f7a6a
+# %% ../nbs/02_teacher.ipynb #703bd7a0
 def makes_models(
     f # What was given as a teacher
 ) -> bool:
     "Is `f` a function such as torchvision's `resnet34`, which makes a model and computes no logits?"
     return inspect.isfunction(f) and bool({'weights','pretrained'} & set(inspect.signature(f).parameters))
 
-# %% ../nbs/02_teacher.ipynb #9447def5
+# %% ../nbs/02_teacher.ipynb #985eb1a9
 #: what a teacher's `Learner` knows: `classes` and `words` (lists), `normalize` (mean and std of each channel; `()` for none); `None` for what is not known
 Knowledge = namedtuple('Knowledge', 'classes words normalize', defaults=(None,None,None))
 
@@ -88,7 +88,7 @@ def knowledge_of(
     mean_std = () if norm is None or norm.mean is None else tuple(torch.as_tensor(o).flatten().tolist() for o in (norm.mean,norm.std))
     return Knowledge(classes, words, mean_std if dls is not None else None)
 
-# %% ../nbs/02_teacher.ipynb #8bbb600f
+# %% ../nbs/02_teacher.ipynb #d2a664d5
 def class_positions(
     student:list, # Classes of the student, in the order of its logits
     teacher:list # Classes of the teacher
@@ -108,7 +108,7 @@ def architecture(
     "The layers of `model` as text that is the same in every process: without the addresses of functions in it."
     return re.sub(' at 0x[0-9a-f]+', '', str(model))
 
-# %% ../nbs/02_teacher.ipynb #937c5d6e
+# %% ../nbs/02_teacher.ipynb #7147e11f
 def digest(
     models, # Modules
     *settings # What else decides their outputs
@@ -123,7 +123,7 @@ def digest(
                 if isinstance(t, Tensor): h.update(f'{name} {tuple(t.shape)} {t.dtype} {row_keys(t.reshape(1,-1)).item() if t.numel() else 0}'.encode())
     return h.hexdigest()
 
-# %% ../nbs/02_teacher.ipynb #255a3b14
+# %% ../nbs/02_teacher.ipynb #676a58c9
 def copy_of(
     model # A model
 ) -> nn.Module:
@@ -160,7 +160,7 @@ class Teacher:
         # for the student's data: positions of its classes among each model's, and how each model's inputs are normalized anew
         self.positions,self.renormalize = [None]*len(given),[None]*len(given)
 
-# %% ../nbs/02_teacher.ipynb #aa311130
+# %% ../nbs/02_teacher.ipynb #bbcbf60d
 @patch
 def _new_cache(self:Teacher, cache, topk):
     if not cache:
@@ -174,7 +174,7 @@ def _new_cache(self:Teacher, cache, topk):
                          "`cache=True`, or an `nn.Module`.")
     return LogitsCache(None if cache is True else cache, topk)
 
-# %% ../nbs/02_teacher.ipynb #dad82a66
+# %% ../nbs/02_teacher.ipynb #c11f85c5
 @patch
 def knowledge(self:Teacher, i:int) -> Knowledge:
     "What is known of model `i`: what the user says, else what its `Learner` does"
@@ -206,7 +206,7 @@ def adapt(self:Teacher,
         self._warn_of_config(self.models[i], student, known)
     return list(dict.fromkeys(notes))
 
-# %% ../nbs/02_teacher.ipynb #80d4f121
+# %% ../nbs/02_teacher.ipynb #58c2acaf
 def normalization_between(
     student, # `(mean, std)` of the student's images, `()` for none
     teacher # The same of the teacher's; `None` if it is not known
@@ -228,15 +228,16 @@ def _warn_of_config(self:Teacher, model, student, known):
                       "which the student's data are not. If it was trained so, say `Teacher(model, "
                       f"normalize=({tuple(mean)}, {tuple(std)}))`.")
 
-# %% ../nbs/02_teacher.ipynb #82ea43af
+# %% ../nbs/02_teacher.ipynb #3944eb83
 @patch
 def inputs_of(self:Teacher, *xb) -> tuple:
     "The first model's inputs for the student's"
     return self._inputs(0, *xb)
 
 @patch
-def _inputs(self:Teacher, i, *xb):
-    xb = xb if self.inputs is None else tuplify(self.inputs(*xb))
+def _inputs(self:Teacher, i, *xb, mapped=False):
+    "The inputs of model `i`; `mapped` if `inputs` was applied already"
+    if self.inputs is not None and not mapped: xb = tuplify(self.inputs(*xb))
     return tuple(self._formatted(i, x) if isinstance(x, Tensor) else apply(partial(self._formatted, i), x) for x in xb)
 
 @patch
@@ -251,13 +252,13 @@ def _formatted(self:Teacher, i, x):
     if dtype == torch.float32 and torch.is_autocast_enabled(x.device.type): dtype = x.dtype
     return x.to(dtype, memory_format=torch.channels_last if self.channels_last and x.ndim == 4 else torch.preserve_format, copy=True)
 
-# %% ../nbs/02_teacher.ipynb #770615a3
+# %% ../nbs/02_teacher.ipynb #3e1c4721
 def own_dtype(model) -> torch.dtype|None:
     "The dtype of a model's floating point parameters, `None` if there are none or several"
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} if isinstance(model, nn.Module) else set()
     return dtypes.pop() if len(dtypes) == 1 else None
 
-# %% ../nbs/02_teacher.ipynb #f2e1b4fa
+# %% ../nbs/02_teacher.ipynb #dbb6ceed
 @patch
 @torch.no_grad()
 def run(self:Teacher,
@@ -276,7 +277,7 @@ def __call__(self:Teacher, *xb) -> Tensor:
     "The logits for the inputs `xb`; of an ensemble those of the mean probabilities, the classes on the last axis."
     return mean_logits(self.run(*xb).logits)
 
-# %% ../nbs/02_teacher.ipynb #7296052b
+# %% ../nbs/02_teacher.ipynb #64188468
 @contextmanager
 def eval_when_called():
     "Within the block each module is in eval mode from when it is called; afterwards each is in its own again."
@@ -299,7 +300,7 @@ def at_rest(
     owner = getattr(model, '__self__', model)
     return evaluating(owner) if isinstance(owner, nn.Module) else eval_when_called()
 
-# %% ../nbs/02_teacher.ipynb #991d49fb
+# %% ../nbs/02_teacher.ipynb #f2314b66
 @patch
 @contextmanager
 def _resting(self:Teacher, xb):
@@ -310,12 +311,12 @@ def _resting(self:Teacher, xb):
         yield
 
 @patch
-def _forward(self:Teacher, *xb, layers=(), logits=True):
+def _forward(self:Teacher, *xb, layers=(), logits=True, mapped=False):
     acts,outputs = {},[]
     with self._resting(xb):
         for i,m in enumerate(self.calls):
             if i == 0 and layers: outputs.append(self._hooks(layers, xb).run(*self._inputs(0, *xb), stop=not logits))
-            elif logits: outputs.append(m(*self._inputs(i, *xb)))
+            elif logits: outputs.append(m(*self._inputs(i, *xb, mapped=mapped)))
     if layers: acts = {n: a.clone() if a.is_inference() else a for n,a in self.hooks[layers].collect().items()}
     return TeacherOutput([self._logits(o) for o in outputs] if logits else [], acts)
 
@@ -333,7 +334,7 @@ def _hooks(self:Teacher, layers, xb):
     if layers not in self.hooks: self.hooks[layers] = FeatureHooks(self.model, layers, 'teacher', self._inputs(0, *xb))
     return self.hooks[layers]
 
-# %% ../nbs/02_teacher.ipynb #70f6b540
+# %% ../nbs/02_teacher.ipynb #aa1abee2
 @patch
 def logits_for(self:Teacher,
     output:TeacherOutput, # Of `run`
@@ -347,13 +348,13 @@ def logits_for(self:Teacher,
     if self.probs: zs = [z.logit(eps=1e-7) if kind == 'binary' else z.clamp(min=torch.finfo(z.dtype).tiny).log() for z in zs]
     return [z if p is None else z.index_select(-1 if axis is None else axis, torch.tensor(p, device=z.device)) for z,p in zip(zs, self.positions)]
 
-# %% ../nbs/02_teacher.ipynb #3851047a
+# %% ../nbs/02_teacher.ipynb #2a0404cf
 @patch(as_prop=True)
 def model(self:Teacher):
     "The first model, the one whose activations are compared; while open, as it runs"
     return (self.running or self.models)[0]
 
-# %% ../nbs/02_teacher.ipynb #d43f4ed8
+# %% ../nbs/02_teacher.ipynb #3b96cceb
 @patch
 def open(self:Teacher,
     device=None, # Where the student's inputs are; `None` to leave the models where they are
@@ -375,7 +376,7 @@ def _move(self:Teacher, model, device):
     self.moved.append((model, *homes))
     model.to(device)
 
-# %% ../nbs/02_teacher.ipynb #725f9a8a
+# %% ../nbs/02_teacher.ipynb #ff278b90
 @patch
 def close(self:Teacher):
     "Put the models back where they were."
@@ -402,7 +403,7 @@ def on(self:Teacher,
         yield self
     finally: self.close()
 
-# %% ../nbs/02_teacher.ipynb #1076b72f
+# %% ../nbs/02_teacher.ipynb #c95f0a47
 @patch
 def begin(self:Teacher, learn):
     "Called before the first batch of a distillation in `learn`."
@@ -422,21 +423,18 @@ def reset(self:Teacher):
     for m in self.running or self.models:
         if hasattr(m, 'reset'): m.reset()
 
-# %% ../nbs/02_teacher.ipynb #b52a70f3
+# %% ../nbs/02_teacher.ipynb #293aeb1e
 @patch
 def _cached(self:Teacher, *xb):
     "The logits from the cache; the models run on inputs that are new to it"
-    inputs,device = row_keys(*(xb if self.inputs is None else tuplify(self.inputs(*xb)))),find_device(xb).type
-    precision = str(torch.get_autocast_dtype(device)) if self.dtype is None and torch.is_autocast_enabled(device) else ''
-    keys = (inputs ^ zlib.crc32(precision.encode())).tolist()  # under autocast the logits of an input are different
-    self.cache.watch(inputs.tolist())
-    new = self.cache.missing(keys)
-    if new:
-        z = self._forward(*(xb if len(new) == len(keys) else [x[new] for x in xb])).logits
-        self.cache.put([keys[i] for i in new], torch.stack(z, 1))
-    return list(self.cache.get(keys).to(find_device(xb)).unbind(1))
+    device = find_device(xb)
+    # under autocast the logits of an input are different
+    precision = str(torch.get_autocast_dtype(device.type)) if self.dtype is None and torch.is_autocast_enabled(device.type) else ''
+    xb = xb if self.inputs is None else tuplify(self.inputs(*xb))
+    z = self.cache.run(lambda *xb: torch.stack(self._forward(*xb, mapped=True).logits, 1), *xb, precision=precision)
+    return list(z.to(device).unbind(1))
 
-# %% ../nbs/02_teacher.ipynb #d0724416
+# %% ../nbs/02_teacher.ipynb #3f724fc5
 @patch
 def __repr__(self:Teacher):
     settings = {k: getattr(self, k) for k in ('dtype','channels_last','compile','inputs','outputs','probs','cache')}

@@ -281,7 +281,7 @@ def test_distances_far_from_the_origin_keep_their_digits():
     m = sum(map(sum, want))/30
     torch.testing.assert_close(distances(e), tensor(want, dtype=torch.float64)/m, rtol=1e-9, atol=1e-9)
 
-def test_pkt_of_near_equal_neighbourhoods_keeps_its_digits():
+def test_pkt_of_near_equal_neighborhoods_keeps_its_digits():
     "Times 30000: the plain sum in single precision is off by a part in ten, or negative"
     t = rand(32,16); s = t + 1e-3*rand(32,16,seed=1)
     want = on(PKT())(s, t).item()
@@ -464,6 +464,13 @@ def test_review_wants_shallow_to_deep():
     with pytest.raises(ValueError, match='shallow'): ReviewKD()(back(S), back(T_))
     with pytest.raises(ValueError, match='one kind'): ReviewKD()({0:S[0],1:rand(4,6,3)}, {0:T_[0],1:rand(4,6,3)})
     assert ReviewKD.warmup_epochs == 20
+
+SIGNATURES = {
+    Similarity: '', NST: '', Cosine: '', VID: '', ReviewKD: '', RKD: 'distance=25.0, angle=50.0, pool=True, ', PKT: 'pool=True, ', FitNet: 'bn=True, ',
+    ActivationBoundaries: 'margin=1.0, ', ChannelWiseFeatures: 'T=4.0, ', FeatureLoss: '', TrainedFeatureLoss: ''}
+
+@pytest.mark.parametrize('loss', SIGNATURES, ids=lambda l: l.__name__)
+def test_the_signature_shows_what_counts(loss): assert str(inspect.signature(loss)) == f'({SIGNATURES[loss]}layers=None, channel_axis=None)'
 
 def test_paper_weights():
     want = {Similarity:(1,3000), RKD:(1,1), PKT:(1,30000), NST:(1,50), FitNet:(1,100), Cosine:(.75,.25), VID:(1,1), ActivationBoundaries:(0,1), ReviewKD:(1,1), ChannelWiseFeatures:(1,3)}

@@ -1,5 +1,5 @@
 "The losses on logits, and `Attention`: against hand loops, closed forms, invariances and limits."
-import copy, math, pickle, pytest, torch
+import copy, inspect, math, pickle, pytest, torch
 from torch import nn, tensor
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
@@ -181,6 +181,31 @@ def test_temperature_by_fastai_annealer():
     s,t = rand(2,5), rand(2,5,seed=1)
     assert SoftTarget(T=SchedCos(8, 1))(s, t, pct_train=1.).item() == pytest.approx(Mutual()(s, t).item())
 
+# ---- the contract
+
+SIGNATURES = {
+    SoftTarget: "(T='auto', standardize=False)", Mutual: '()', Logits: '()', DecoupledKD: '(alpha=1.0, beta=8.0, T=4.0)', NormalizedKD: '(gamma=1.5, T=1.0)',
+    DIST: '(beta=1.0, gamma=1.0, T=1.0)', BinarySoftTarget: '(T=2.0)', ChannelWise: '(T=1.0)', KDLoss: '()', FeatureLoss: '(layers=None, channel_axis=None)'}
+
+@pytest.mark.parametrize('loss', SIGNATURES, ids=lambda l: l.__name__)
+def test_the_signature_shows_what_counts(loss): assert str(inspect.signature(loss)) == SIGNATURES[loss]
+
+def test_temperature_of_soft_target():
+    "The default depends on `standardize`; a number that is given counts"
+    got = {o: eval(o, dict(SoftTarget=SoftTarget)) for o in ('SoftTarget()', 'SoftTarget(T=4)', 'SoftTarget(7)', 'SoftTarget(standardize=True)', 'SoftTarget(T=5, standardize=True)')}
+    assert [l.T for l in got.values()] == [5,4,7,2,5]
+    assert [l.paper for l in got.values()] == [(.1,.9)]*3 + [(.1,9.)]*2
+    for T in ('automatic', 'none'):
+        with pytest.raises(ValueError, match='above 0'): SoftTarget(T=T)
+
+def test_which_losses_need_all_logits():
+    "`Teacher(topk=)` keeps the probabilities of the largest logits at T=1, and the mass of the rest"
+    class Mine(KDLoss):
+        def forward(self, pred, teacher_pred): return (pred - teacher_pred).abs().mean()
+    all_ = Logits(), DIST(), SoftTarget(standardize=True), ChannelWise(), BinarySoftTarget(), DecoupledKD(), Mine(), as_loss(lambda pred, teacher_pred: 0.)
+    assert all(l.needs_all_logits for l in all_)
+    assert not any(l.needs_all_logits for l in (SoftTarget(), SoftTarget(T=1), Mutual(), NormalizedKD()))
+
 # ---- SoftTarget
 
 def test_soft_target_gradient_in_closed_form():
@@ -207,7 +232,7 @@ def test_mean_softmax_kl_is_the_mean_of_the_rows():
     mean_softmax_kl(none, torch.zeros(0,5)).backward()
     assert none.grad.shape == (0,5)
 
-def test_two_classes_leave_standardised_logits_and_correlations_of_rows_nothing_to_say():
+def test_two_classes_leave_standardized_logits_and_correlations_of_rows_nothing_to_say():
     "Both are a step of which class is ahead, with a gradient only where it leaps, and a huge one there: refused, with the cure"
     s,t = rand(6,2).requires_grad_(), rand(6,2,seed=1)
     for value in (standardize_rows(s), pearson(s.softmax(-1), t.softmax(-1))):
@@ -235,10 +260,45 @@ def test_soft_target_near_equal_logits_do_not_go_negative():
     assert (got >= 0).all() and (got-want).abs().max() < 2e-8
     assert SoftTarget(T=1000.)(s, t).item() >= 0
 
-def test_soft_target_at_high_temperature_matches_centred_logits():
+@pytest.mark.parametrize('T', [1, 5, 20, 100])
+@pytest.mark.parametrize('noise', [1e-1, 1e-3, 1e-4])
+@pytest.mark.parametrize('C', [10, 1000])
+def test_near_equal_logits_keep_their_digits(T, noise, C):
+    "In single precision, value and gradient agree with double precision, however high the temperature"
+    s = rand(64,C,dtype=torch.float32); t = s + noise*rand(64,C,seed=1,dtype=torch.float32)
+    p_s,p_t = ((z.double()/T).softmax(-1) for z in (s,t))
+    d = (s.double() - t.double())/T  # the divergence of logits that differ by d is log E[exp(d)] - E[d] over p_t
+    want = T*T*((d.exp()*p_t).sum(-1).log() - (p_t*d).sum(-1)).mean().item()
+    value,g = grad(SoftTarget(T=T), s, t)
+    exact = T*(p_s - p_t)/64
+    assert value == pytest.approx(want, rel=5e-6)
+    assert (g.double() - exact).norm() <= 1e-6*exact.norm()
+
+def test_near_equal_logits_in_the_siblings():
+    s,y = rand(64,100,dtype=torch.float32), torch.arange(64)
+    t = s + 1e-3*rand(64,100,seed=1,dtype=torch.float32)
+    for loss,tol in ((BinarySoftTarget(T=20.), 1e-5), (Logits(), 1e-6), (SoftTarget(standardize=True), 5e-3), (DecoupledKD(T=20.), 5e-3)):
+        labels = (y,) if isinstance(loss, DecoupledKD) else ()
+        (value,g),(want,exact) = grad(loss, s, t, *labels),grad(loss, s.double(), t.double(), *labels)
+        assert value == pytest.approx(want, rel=tol) and (g.double()-exact).norm() <= tol*exact.norm()
+    maps = lambda z: z.reshape(16,4,10,10)
+    (value,g),(want,exact) = (grad(ChannelWise(T=20.), maps(s.to(d)), maps(t.to(d))) for d in (torch.float32,torch.float64))
+    assert value == pytest.approx(want, rel=5e-6) and (g.double()-exact).norm() <= 1e-6*exact.norm()
+
+@pytest.mark.parametrize('shape', [(3,70_000), (500,400), (0,5)], ids=str)
+def test_soft_target_in_blocks(shape):
+    "Rows are worked through some at a time; also of tensors that are not contiguous"
+    s,t = rand(*shape[::-1]).T, rand(*shape[::-1], seed=1).T
+    want = F.kl_div((s/3).log_softmax(-1), (t/3).log_softmax(-1), reduction='none', log_target=True).sum(-1)
+    torch.testing.assert_close(softmax_kl(s, t, 3.), want, rtol=1e-9, atol=1e-12)
+    value,g = grad(lambda s: mean_softmax_kl(s, t, 3.), s)
+    assert value == pytest.approx(9*want.mean().item() if len(want) else 0, rel=1e-9)
+    torch.testing.assert_close(g, 3*((s/3).softmax(-1) - (t/3).softmax(-1))/max(len(s), 1), rtol=1e-9, atol=1e-12)
+
+def test_soft_target_at_high_temperature_matches_centered_logits():
     s,t = rand(6,10), rand(6,10,seed=1)
-    centred = (s-s.mean(-1,True)) - (t-t.mean(-1,True))
-    assert SoftTarget(T=1e5)(s, t).item() == pytest.approx(centred.square().mean().item()/2, rel=1e-4)
+    centered = (s-s.mean(-1,True)) - (t-t.mean(-1,True))
+    assert SoftTarget(T=1e5)(s, t).item() == pytest.approx(centered.square().mean().item()/2, rel=1e-4)
 
 def test_soft_target_ignores_a_shift_and_standardized_the_scale():
     s,t = rand(6,5), rand(6,5,seed=1)
@@ -247,14 +307,49 @@ def test_soft_target_ignores_a_shift_and_standardized_the_scale():
     std = SoftTarget(standardize=True)
     assert std(scale*s+shift, t).item() == pytest.approx(std(s, t).item(), rel=1e-5)
 
-@pytest.mark.parametrize('loss', [SoftTarget(T=2), SoftTarget(standardize=True), Mutual()], ids=str)
-def test_classes_masked_in_both(loss):
-    s,t,keep = rand(3,5), rand(3,5,seed=1), [0,1,3,4]
-    want = loss(s[:,keep], t[:,keep]).item()
+@logit_losses
+def test_classes_masked_in_both(loss, hand, labels):
+    "A class that is `-inf` in both models is left out: the loss of the other classes alone"
+    s,t,keep,y = rand(6,5,scale=2), rand(6,5,scale=2,seed=1), [0,1,3,4], tensor([1,0,4,1,3,0])
+    want = hand(s[:,keep], t[:,keep], *(tensor([keep.index(i) for i in y.tolist()]),)*labels)
     s[:,2] = t[:,2] = -inf
-    value,g = grad(loss, s, t)
+    value,g = grad(loss, s, t, *(y,)*labels)
     assert value == pytest.approx(want, rel=1e-12)
     assert g.isfinite().all() and (g[:,2] == 0).all()
+    assert loss(s.float(), t.float(), *(y,)*labels).item() == pytest.approx(want, rel=1e-5)
+
+def test_other_classes_masked_in_each_row():
+    s,t,m = rand(6,5,scale=2), rand(6,5,scale=2,seed=1), tensor([[0,1,0,0,0],[0]*5,[0,0,1,1,0],[1,0,0,0,0],[0]*5,[0,0,0,0,1]]).bool()
+    kept = [[[z[i,j].item() for j in range(5) if not m[i,j]] for i in range(6)] for z in (s,t)]
+    s[m] = t[m] = -inf
+    mean = lambda f, rows: sum(f(a,b) for a,b in rows)/len(rows)
+    flat = [sum(rows, []) for rows in kept]
+    assert Logits()(s, t).item() == pytest.approx(mean(lambda a,b: (a-b)**2, list(zip(*flat))), rel=1e-12)
+    assert BinarySoftTarget()(s, t).item() == pytest.approx(mean(lambda a,b: hand_binary([a],[b]), list(zip(*flat))), rel=1e-12)
+    assert SoftTarget(T=3)(s, t).item() == pytest.approx(mean(lambda a,b: 9*kl(softmax(b,3), softmax(a,3)), list(zip(*kept))), rel=1e-12)
+    p,q = ([softmax(r) for r in rows] for rows in kept)
+    columns = []
+    for j in range(5):
+        rows = [i for i in range(6) if not m[i,j]]
+        at = [int((~m[i,:j]).sum()) for i in rows]
+        columns.append(hand_rho([p[i][k] for i,k in zip(rows,at)], [q[i][k] for i,k in zip(rows,at)]))
+    assert DIST()(s, t).item() == pytest.approx(2 - mean(hand_rho, list(zip(p,q))) - sum(columns)/5, rel=1e-12)
+
+def test_channel_masked_in_both():
+    "A class that segmentation models of one body do not have"
+    s,t,keep = rand(2,4,3,3), rand(2,4,3,3,seed=1), [0,2,3]
+    want = hand_cwd(s[:,keep], t[:,keep])
+    s[:,1] = t[:,1] = -inf
+    value,g = grad(ChannelWise(), s, t)
+    assert value == pytest.approx(want, rel=1e-12) and g.isfinite().all() and (g[:,1] == 0).all()
+
+def test_a_mask_hides_no_nan():
+    for loss in (Logits(), DIST(), BinarySoftTarget(), SoftTarget()):
+        for i in range(2):
+            z = [rand(3,5), rand(3,5,seed=1)]
+            z[0][:,2] = z[1][:,2] = -inf
+            z[i][1,1] = math.nan
+            assert math.isnan(loss(*z).item())
 
 def test_masked_classes_in_the_other_losses():
     s,t,y,keep = rand(6,6), rand(6,6,seed=1), LABELS, [0,1,2,3,4]
@@ -371,7 +466,8 @@ def test_channel_wise_is_the_definition():
 
 def test_channel_wise_needs_space():
     with pytest.raises(ValueError, match='space'): ChannelWise()(rand(2,5), rand(2,5))
-    with pytest.raises(ValueError, match='same classes'): ChannelWise()(rand(2,5,3,3), rand(2,5,4,4))
+    with pytest.raises(ValueError, match='resize'): ChannelWise()(rand(2,5,3,3), rand(2,5,4,4))
+    with pytest.raises(ValueError, match='same classes'): ChannelWise()(rand(2,5,3,3), rand(2,4,3,3))
     value,g = grad(ChannelWise(), 1e4*rand(2,3,4,4).sign(), torch.zeros(2,3,4,4, dtype=torch.float64))
     assert math.isfinite(value) and g.isfinite().all()
 

@@ -430,6 +430,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'fastkd.layers.named_layers': ('layers.html#named_layers', 'fastkd/layers.py'),
                                'fastkd.layers.on_device': ('layers.html#on_device', 'fastkd/layers.py'),
                                'fastkd.layers.recording': ('layers.html#recording', 'fastkd/layers.py'),
+                               'fastkd.layers.resting': ('layers.html#resting', 'fastkd/layers.py'),
                                'fastkd.layers.rewound': ('layers.html#rewound', 'fastkd/layers.py'),
                                'fastkd.layers.same_state': ('layers.html#same_state', 'fastkd/layers.py'),
                                'fastkd.layers.state_of': ('layers.html#state_of', 'fastkd/layers.py'),

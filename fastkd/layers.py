@@ -47,7 +47,7 @@ def get_model_layers(
     "The dotted names of all layers of `model`, nested ones included, in the model's order."
     return {n:repr(l) for n,l in named_layers(model)} if get_layer_repr else [n for n,_ in named_layers(model)]
 
-# %% ../nbs/01_layers.ipynb #8552a8ec
+# %% ../nbs/01_layers.ipynb #baaf7c7e
 def layer_name(
     model, # A model or a `Learner`
     layer, # Dotted name of a layer, or the layer itself
@@ -85,18 +85,23 @@ def _not_a_layer(model, name):
 
 # %% ../nbs/01_layers.ipynb #4d60ce87
 @contextmanager
-def evaluating(
-    model # A module, or a callable, which has no mode
+def resting(
+    modules # Modules, each by itself
 ):
-    "Within the block every module of `model` is in eval mode; afterwards each is in its own mode again."
-    # the flag itself and not `eval()`: some models do more than switch a flag there (merge or fold weights)
-    # frozen TorchScript modules have no mode
-    trained = [m for m in model.modules() if getattr(m, 'training', False)] if isinstance(model, nn.Module) else []
+    "Within the block `modules` are in eval mode; afterwards each is in its own mode again."
+    # the flag itself and not `eval()`: some models do more than switch a flag there; frozen TorchScript modules have none
+    trained = [m for m in modules if getattr(m, 'training', False)]
     try:
         for m in trained: m.training = False
         yield
     finally:
         for m in trained: m.training = True
+
+def evaluating(
+    model # A module, or a callable, which has no mode
+):
+    "Within the block every module of `model` is in eval mode; afterwards each is in its own mode again."
+    return resting(model.modules() if isinstance(model, nn.Module) else ())
 
 # %% ../nbs/01_layers.ipynb #4b267c77
 def has_compiled(
@@ -513,7 +518,7 @@ def run(self:FeatureHooks,
         if self.calls == len(self.layers) and same_state(before, state_of(self.model)): self.once_for.add(shapes)
         return output
 
-# %% ../nbs/01_layers.ipynb #cb6b9023
+# %% ../nbs/01_layers.ipynb #842f3be2
 def state_of(model) -> dict:
     "What the modules of a model hold in plain attributes: a hidden state, a counter."
     copied = lambda v: list(v) if isinstance(v, (list,tuple)) else v

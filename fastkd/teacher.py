@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from fastai.basics import L, Learner, apply, find_device, noop, tuplify
 from fastai.data.transforms import Normalize
 from .cache import LogitsCache, row_keys
-from .layers import FeatureHooks, evaluating, first_tensor
+from .layers import FeatureHooks, first_tensor, resting
 from .losses import mean_logits
 
 # %% auto #0
@@ -25,7 +25,7 @@ __all__ = ['TeacherOutput', 'Knowledge', 'logits_of', 'has_several', 'makes_mode
            'architecture', 'digest', 'copy_of', 'Teacher', 'normalization_between', 'own_dtype', 'eval_when_called',
            'at_rest', 'described']
 
-# %% ../nbs/02_teacher.ipynb #80f95650
+# %% ../nbs/02_teacher.ipynb #b7193479
 #: what a teacher says of a batch: `logits`, a tensor for each model, and `activations`, a dictionary from layer name to tensor
 TeacherOutput = namedtuple('TeacherOutput', 'logits activations')
 
@@ -65,14 +65,14 @@ def _model_of(teacher):
     raise TypeError("A teacher is a trained model (an `nn.Module`), a `Learner`, a callable from inputs to logits, or a "
                     f"list of these, got {got}.")
 
-# %% ../nbs/02_teacher.ipynb #703bd7a0
+# %% ../nbs/02_teacher.ipynb #92aa98fa
 def makes_models(
     f # What was given as a teacher
 ) -> bool:
     "Is `f` a function such as torchvision's `resnet34`, which makes a model and computes no logits?"
     return inspect.isfunction(f) and bool({'weights','pretrained'} & set(inspect.signature(f).parameters))
 
-# %% ../nbs/02_teacher.ipynb #985eb1a9
+# %% ../nbs/02_teacher.ipynb #468cc8bb
 #: what a teacher's `Learner` knows: `classes` and `words` (lists), `normalize` (mean and std of each channel; `()` for none); `None` for what is not known
 Knowledge = namedtuple('Knowledge', 'classes words normalize', defaults=(None,None,None))
 
@@ -88,7 +88,7 @@ def knowledge_of(
     mean_std = () if norm is None or norm.mean is None else tuple(torch.as_tensor(o).flatten().tolist() for o in (norm.mean,norm.std))
     return Knowledge(classes, words, mean_std if dls is not None else None)
 
-# %% ../nbs/02_teacher.ipynb #d2a664d5
+# %% ../nbs/02_teacher.ipynb #2d9cf15a
 def class_positions(
     student:list, # Classes of the student, in the order of its logits
     teacher:list # Classes of the teacher
@@ -108,7 +108,7 @@ def architecture(
     "The layers of `model` as text that is the same in every process: without the addresses of functions in it."
     return re.sub(' at 0x[0-9a-f]+', '', str(model))
 
-# %% ../nbs/02_teacher.ipynb #7147e11f
+# %% ../nbs/02_teacher.ipynb #66e9fdea
 def digest(
     models, # Modules
     *settings # What else decides their outputs
@@ -123,7 +123,7 @@ def digest(
                 if isinstance(t, Tensor): h.update(f'{name} {tuple(t.shape)} {t.dtype} {row_keys(t.reshape(1,-1)).item() if t.numel() else 0}'.encode())
     return h.hexdigest()
 
-# %% ../nbs/02_teacher.ipynb #676a58c9
+# %% ../nbs/02_teacher.ipynb #3a7cf56b
 def copy_of(
     model # A model
 ) -> nn.Module:
@@ -155,12 +155,12 @@ class Teacher:
         self.dtype,self.channels_last,self.compile,self.inputs,self.outputs = dtype,channels_last,compile,inputs,outputs
         self.vocab,self.normalize,self.probs = vocab,normalize,probs
         self.cache = self._new_cache(cache, topk)
-        # while open: the models as they run, their dtypes, how they are called, the hooks for each set of layers, and what must be moved back
-        self.running,self.dtypes,self.calls,self.hooks,self.moved = None,None,None,{},[]
+        # while open: the models as they run, their dtypes, how they are called and put in eval mode, the hooks for each set of layers, what must be moved back
+        self.running,self.dtypes,self.calls,self.rest,self.hooks,self.moved = None,None,None,None,{},[]
         # for the student's data: positions of its classes among each model's, and how each model's inputs are normalized anew
         self.positions,self.renormalize = [None]*len(given),[None]*len(given)
 
-# %% ../nbs/02_teacher.ipynb #bbcbf60d
+# %% ../nbs/02_teacher.ipynb #183bf2fb
 @patch
 def _new_cache(self:Teacher, cache, topk):
     if not cache:
@@ -174,7 +174,7 @@ def _new_cache(self:Teacher, cache, topk):
                          "`cache=True`, or an `nn.Module`.")
     return LogitsCache(None if cache is True else cache, topk)
 
-# %% ../nbs/02_teacher.ipynb #c11f85c5
+# %% ../nbs/02_teacher.ipynb #1b783ff7
 @patch
 def knowledge(self:Teacher, i:int) -> Knowledge:
     "What is known of model `i`: what the user says, else what its `Learner` does"
@@ -206,7 +206,7 @@ def adapt(self:Teacher,
         self._warn_of_config(self.models[i], student, known)
     return list(dict.fromkeys(notes))
 
-# %% ../nbs/02_teacher.ipynb #58c2acaf
+# %% ../nbs/02_teacher.ipynb #15feec44
 def normalization_between(
     student, # `(mean, std)` of the student's images, `()` for none
     teacher # The same of the teacher's; `None` if it is not known
@@ -228,7 +228,7 @@ def _warn_of_config(self:Teacher, model, student, known):
                       "which the student's data are not. If it was trained so, say `Teacher(model, "
                       f"normalize=({tuple(mean)}, {tuple(std)}))`.")
 
-# %% ../nbs/02_teacher.ipynb #3944eb83
+# %% ../nbs/02_teacher.ipynb #3a09828f
 @patch
 def inputs_of(self:Teacher, *xb) -> tuple:
     "The first model's inputs for the student's"
@@ -252,13 +252,13 @@ def _formatted(self:Teacher, i, x):
     if dtype == torch.float32 and torch.is_autocast_enabled(x.device.type): dtype = x.dtype
     return x.to(dtype, memory_format=torch.channels_last if self.channels_last and x.ndim == 4 else torch.preserve_format, copy=True)
 
-# %% ../nbs/02_teacher.ipynb #3e1c4721
+# %% ../nbs/02_teacher.ipynb #8cb12e72
 def own_dtype(model) -> torch.dtype|None:
     "The dtype of a model's floating point parameters, `None` if there are none or several"
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} if isinstance(model, nn.Module) else set()
     return dtypes.pop() if len(dtypes) == 1 else None
 
-# %% ../nbs/02_teacher.ipynb #dbb6ceed
+# %% ../nbs/02_teacher.ipynb #e0a0a242
 @patch
 @torch.no_grad()
 def run(self:Teacher,
@@ -277,7 +277,7 @@ def __call__(self:Teacher, *xb) -> Tensor:
     "The logits for the inputs `xb`; of an ensemble those of the mean probabilities, the classes on the last axis."
     return mean_logits(self.run(*xb).logits)
 
-# %% ../nbs/02_teacher.ipynb #64188468
+# %% ../nbs/02_teacher.ipynb #44608a52
 @contextmanager
 def eval_when_called():
     "Within the block each module is in eval mode from when it is called; afterwards each is in its own again."
@@ -295,18 +295,18 @@ def eval_when_called():
 def at_rest(
     model # A module, or a callable
 ):
-    "A context in which `model` is in eval mode: a module, a method of one, or whatever a function calls."
+    "Makes contexts in which `model` is in eval mode: a module, a method of one, or whatever a function calls."
     while isinstance(model, partial): model = model.func
     owner = getattr(model, '__self__', model)
-    return evaluating(owner) if isinstance(owner, nn.Module) else eval_when_called()
+    return partial(resting, list(owner.modules())) if isinstance(owner, nn.Module) else eval_when_called
 
-# %% ../nbs/02_teacher.ipynb #f2314b66
+# %% ../nbs/02_teacher.ipynb #c7b9c554
 @patch
 @contextmanager
 def _resting(self:Teacher, xb):
     "Within the block every model is in eval mode, and the student's autocast is off for models with a dtype of their own"
     with ExitStack() as modes:
-        for m in self.running: modes.enter_context(at_rest(m))
+        for rest in self.rest: modes.enter_context(rest())
         if set(self.dtypes) - {None,torch.float32}: modes.enter_context(torch.autocast(find_device(xb).type, enabled=False))
         yield
 
@@ -334,7 +334,7 @@ def _hooks(self:Teacher, layers, xb):
     if layers not in self.hooks: self.hooks[layers] = FeatureHooks(self.model, layers, 'teacher', self._inputs(0, *xb))
     return self.hooks[layers]
 
-# %% ../nbs/02_teacher.ipynb #aa1abee2
+# %% ../nbs/02_teacher.ipynb #f8cb199e
 @patch
 def logits_for(self:Teacher,
     output:TeacherOutput, # Of `run`
@@ -348,13 +348,13 @@ def logits_for(self:Teacher,
     if self.probs: zs = [z.logit(eps=1e-7) if kind == 'binary' else z.clamp(min=torch.finfo(z.dtype).tiny).log() for z in zs]
     return [z if p is None else z.index_select(-1 if axis is None else axis, torch.tensor(p, device=z.device)) for z,p in zip(zs, self.positions)]
 
-# %% ../nbs/02_teacher.ipynb #2a0404cf
+# %% ../nbs/02_teacher.ipynb #ff391bed
 @patch(as_prop=True)
 def model(self:Teacher):
     "The first model, the one whose activations are compared; while open, as it runs"
     return (self.running or self.models)[0]
 
-# %% ../nbs/02_teacher.ipynb #3b96cceb
+# %% ../nbs/02_teacher.ipynb #f218716b
 @patch
 def open(self:Teacher,
     device=None, # Where the student's inputs are; `None` to leave the models where they are
@@ -365,7 +365,7 @@ def open(self:Teacher,
     else:
         self.running = self.models
         for m in self.models: self._move(m, device)
-    self.dtypes = [self.dtype or own_dtype(m) for m in self.running]
+    self.dtypes,self.rest = [self.dtype or own_dtype(m) for m in self.running],[at_rest(m) for m in self.running]
     self.calls = [torch.compile(m) for m in self.running] if self.compile else self.running
     if self.cache is not None: self.cache.open(digest(self.models, self.dtype, self.cache.topk, *filter(None, self.renormalize)), n_items)
 
@@ -376,7 +376,7 @@ def _move(self:Teacher, model, device):
     self.moved.append((model, *homes))
     model.to(device)
 
-# %% ../nbs/02_teacher.ipynb #ff278b90
+# %% ../nbs/02_teacher.ipynb #28b7f633
 @patch
 def close(self:Teacher):
     "Put the models back where they were."
@@ -385,7 +385,7 @@ def close(self:Teacher):
         model,home = self.moved[-1]
         model.to(home)
         self.moved.pop()
-    self.running,self.dtypes,self.calls,self.hooks = None,None,None,{}
+    self.running,self.dtypes,self.calls,self.rest,self.hooks = None,None,None,None,{}
     self.positions,self.renormalize = [None]*len(self.models),[None]*len(self.models)
 
 @patch
@@ -403,7 +403,7 @@ def on(self:Teacher,
         yield self
     finally: self.close()
 
-# %% ../nbs/02_teacher.ipynb #c95f0a47
+# %% ../nbs/02_teacher.ipynb #2096b5c9
 @patch
 def begin(self:Teacher, learn):
     "Called before the first batch of a distillation in `learn`."
@@ -423,7 +423,7 @@ def reset(self:Teacher):
     for m in self.running or self.models:
         if hasattr(m, 'reset'): m.reset()
 
-# %% ../nbs/02_teacher.ipynb #293aeb1e
+# %% ../nbs/02_teacher.ipynb #009d7f7d
 @patch
 def _cached(self:Teacher, *xb):
     "The logits from the cache; the models run on inputs that are new to it"
@@ -434,7 +434,7 @@ def _cached(self:Teacher, *xb):
     z = self.cache.run(lambda *xb: torch.stack(self._forward(*xb, mapped=True).logits, 1), *xb, precision=precision)
     return list(z.to(device).unbind(1))
 
-# %% ../nbs/02_teacher.ipynb #3f724fc5
+# %% ../nbs/02_teacher.ipynb #37672f75
 @patch
 def __repr__(self:Teacher):
     settings = {k: getattr(self, k) for k in ('dtype','channels_last','compile','inputs','outputs','probs','cache')}

@@ -536,6 +536,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'fastkd.matching.inside': ('matching.html#inside', 'fastkd/matching.py'),
                                  'fastkd.matching.layer_table': ('matching.html#layer_table', 'fastkd/matching.py'),
                                  'fastkd.matching.match_layers': ('matching.html#match_layers', 'fastkd/matching.py'),
+                                 'fastkd.matching.model_inputs': ('matching.html#model_inputs', 'fastkd/matching.py'),
+                                 'fastkd.matching.n_inputs': ('matching.html#n_inputs', 'fastkd/matching.py'),
                                  'fastkd.matching.only_reshapes': ('matching.html#only_reshapes', 'fastkd/matching.py'),
                                  'fastkd.matching.outermost': ('matching.html#outermost', 'fastkd/matching.py'),
                                  'fastkd.matching.pairs_by_depth': ('matching.html#pairs_by_depth', 'fastkd/matching.py'),

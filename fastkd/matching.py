@@ -4,13 +4,13 @@
 
 # %% ../nbs/01b_matching.ipynb #mat00005
 from __future__ import annotations
-import math
+import inspect, math
 import pandas as pd
 import torch
 from torch import nn
 from fastcore.basics import patch
-from fastai.basics import Learner
-from .layers import LayerRun, named_layers, rewound, trace
+from fastai.basics import Learner, tuplify
+from .layers import LayerRun, named_layers, rewound, trace, unwrap
 
 # %% auto #0
 __all__ = ['layer_table', 'match_layers']
@@ -194,10 +194,30 @@ class LayerTable(pd.DataFrame):
         text = {'shape': lambda o: ' × '.join(map(str, o)) if isinstance(o, tuple) else '', 'parameters': '{:,}'.format, 'stride': '{:.4g}'.format}
         return self.to_html(formatters={c: f for c,f in text.items() if c in self}, na_rep='')
 
+# %% ../nbs/01b_matching.ipynb #2579ff17
+def n_inputs(
+    model # A model or a `Learner`
+) -> int|None:
+    "How many inputs `model` takes, `None` if any number."
+    if isinstance(model, Learner): return getattr(model.dls, 'n_inp', 1)
+    params = inspect.signature(unwrap(model).forward).parameters.values()
+    return None if any(p.kind is p.VAR_POSITIONAL for p in params) else sum(p.kind in (p.POSITIONAL_ONLY,p.POSITIONAL_OR_KEYWORD) for p in params)
+
+def model_inputs(
+    model, # A model or a `Learner`
+    xb=None # A batch, with or without labels; of a `Learner` a training batch if left out
+) -> tuple:
+    "The inputs of `model` in a batch. Raises `TypeError` if there is no batch and no `Learner` that has one."
+    if xb is None and not isinstance(model, Learner): raise TypeError("Give `xb`, a batch of inputs: a model has no data, unlike a `Learner`.")
+    if xb is None:
+        dl = model.dls.train
+        with rewound(dl): xb = dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))
+    return tuplify(xb)[:n_inputs(model)]
+
 # %% ../nbs/01b_matching.ipynb #a5e18086
 def layer_table(
     model, # A model or a `Learner`
-    xb, # Inputs: a tensor, or a tuple of tensors for a model with several inputs
+    xb=None, # Inputs: a tensor, a tuple of tensors, or a batch with labels; a `Learner` has its own
     depth:int=None # Show layers only down to this depth: 1 for names without a dot
 ) -> LayerTable:
     """One row for each layer of `model` that runs on `xb`, in the order in which they begin.
@@ -205,7 +225,7 @@ def layer_table(
     Columns: `type`; `shape` of the output (of the last call, and of the first tensor if there are several); `stride`, how many input positions in
     each direction go into one position of the output (the geometric mean over the directions, empty without positions); `parameters`, those of
     nested layers included; `calls`, how often the layer ran. The model stays as it was."""
-    structure = ModelStructure(model, xb)
+    structure = ModelStructure(model, model_inputs(model, xb))
     runs = [r for r in structure.runs if depth is None or r.name.count('.') < depth]
     strides = [structure.stride(r) if r.shape and (len(r.shape) < 4 or structure.is_map(r)) else None for r in runs]
     return LayerTable({
@@ -252,14 +272,16 @@ def pairs_by_depth(a, b):
 def match_layers(
     student, # A model or a `Learner`
     teacher, # A model or a `Learner`
-    xb, # Inputs: a tensor, or a tuple of tensors for a model with several inputs
+    xb=None, # Inputs: a tensor, a tuple of tensors, or a batch with labels; a `Learner` has its own
     n:int=None, # At most this many pairs, at even distances; by default all, or 4 for two models of a single resolution each
     teacher_xb=None # Inputs of the teacher, if they differ from the student's
 ) -> tuple:
     """The names `(student's, teacher's)` of layers to compare, from shallow to deep.
 
     Both models run once and stay as they were. Raises `ValueError` if a model has no layer to compare."""
-    a,b = ModelStructure(student, xb, 'student'),ModelStructure(teacher, xb if teacher_xb is None else teacher_xb, 'teacher')
+    if xb is None: xb = model_inputs(student if isinstance(student, Learner) or not isinstance(teacher, Learner) else teacher)
+    a = ModelStructure(student, model_inputs(student, xb), 'student')
+    b = ModelStructure(teacher, model_inputs(teacher, xb if teacher_xb is None else teacher_xb), 'teacher')
     s,t = a.stages(),b.stages()
     if not (a.many_resolutions(s) or b.many_resolutions(t)):
         n = min(n or 4, len(s), len(t))

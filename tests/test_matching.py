@@ -200,3 +200,14 @@ def test_table_display():
     html = table._repr_html_()
     assert html.count('<tr') == len(table) + 2 and '2 × 512 × 2 × 2' in html and 'NaN' not in html
     assert '2 × 512' in table.loc[['layer4'], ['type','shape']]._repr_html_()
+
+def test_a_batch_with_labels_and_learners_without_a_batch():
+    from fastai.basics import Learner
+    from conftest import batches, net
+    dls = batches()
+    student,teacher,batch = net(seed=1),net(width=6, seed=7),dls.one_batch()
+    expected = match_layers(student, teacher, batch[0])
+    s,t = Learner(dls, student),Learner(dls, teacher)
+    assert expected == match_layers(student, teacher, batch) == match_layers(s, t) == match_layers(student, t) == match_layers(s, teacher, batch)
+    assert layer_table(s).equals(layer_table(student, batch))
+    with pytest.raises(TypeError, match='Learner'): match_layers(student, teacher)

@@ -15,7 +15,7 @@ from .session import Result, Session, as_pairs, autocast_left
 from .teacher import Teacher
 
 # %% auto #0
-__all__ = ['KnowledgeDistillationCallback', 'fit', 'export']
+__all__ = ['KnowledgeDistillationCallback']
 
 # %% ../nbs/03_callback.ipynb #3aad8ee1
 class KnowledgeDistillationCallback(Callback):
@@ -39,17 +39,17 @@ class KnowledgeDistillationCallback(Callback):
         if valid is not None:
             warnings.warn("`valid` does nothing any more: in validation the loss and the metrics are always the student's own.")
         self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
-        self.weights = dict(weight=weight, label_weight=label_weight, schedule=schedule)
-        self.objective = None if loss is None else Objective(loss, **self.weights)
-        self.named_pairs,self.said = as_pairs(activations_student, activations_teacher),dict(axis=axis, ignore_index=ignore_index)
-        self.session,self.result,self.loaded = None,None,None
+        self.weighting = dict(weight=weight, label_weight=label_weight, schedule=schedule)
+        self.objective = None if loss is None else Objective(loss, **self.weighting)
+        self.named_pairs,self.task_settings = as_pairs(activations_student, activations_teacher),dict(axis=axis, ignore_index=ignore_index)
+        self.session,self.result,self.loaded_state = None,None,None
 
     def before_fit(self):
-        "Open a session; `tta` and `with learn` send this event too, also inside a fit"
-        if self.learn.lock.locked(): return  # `validate` and `get_preds`
+        "Open a session; `validate`, `tta` and `with learn` send this event too, also inside a fit"
         if self.session is None:
-            objective = self.objective or Objective(suited_loss(self.learn.loss_func), **self.weights)
-            self.session = Session(self.teacher, objective, self.named_pairs, **self.said, loss_state=self.loss_state)
+            if self.learn.lock.locked(): return  # `validate` and `get_preds`
+            objective = self.objective or Objective(suited_loss(self.learn.loss_func), **self.weighting)
+            self.session = Session(self.teacher, objective, self.named_pairs, self.task_settings, self.loss_state)
             self.session.open(self.learn)
         self.session.depth += 1
 
@@ -63,7 +63,7 @@ class KnowledgeDistillationCallback(Callback):
 
     def after_fit(self):
         "Close the session with the fit that opened it"
-        if self.session is None or self.learn.lock.locked(): return
+        if self.session is None: return
         self.session.depth -= 1
         if not self.session.depth: self.close()
 
@@ -71,12 +71,12 @@ class KnowledgeDistillationCallback(Callback):
         "Take back all that a fit changed, however it ended"
         if self.session is None: return
         try:
-            if len(self.session.curves) and not self.session.is_lr_find: self.result,self.loaded = Result(self.session),None
+            if self.session.leaves_result: self.result,self.loaded_state = Result(self.session),None
         finally:
             self.session.close()
             self.session = None
 
-# %% ../nbs/03_callback.ipynb #e7ca8bb8
+# %% ../nbs/03_callback.ipynb #dec5bd61
 @patch(as_prop=True)
 def curves(self:KnowledgeDistillationCallback) -> dict:
     "`{'train': {term: a value for each batch}, 'weights': the same of its weight, 'steps': batches trained by the end of each epoch}`; empty before a fit."
@@ -89,17 +89,17 @@ def pairs(self:KnowledgeDistillationCallback) -> list:
     if self.session is not None: return self.session.all_pairs
     return (self.named_pairs or []) if self.result is None else self.result.pairs
 
-# %% ../nbs/03_callback.ipynb #e669538c
+# %% ../nbs/03_callback.ipynb #2e4f240e
 @patch
 def __repr__(self:KnowledgeDistillationCallback):
     if self.session is not None and self.session.task is not None: return self.session.describe()
     return f"Distilling from {self.teacher}: {self.objective or 'the loss that suits the learner'}" if self.result is None else self.result.description
 
-# %% ../nbs/03_callback.ipynb #37da831f
+# %% ../nbs/03_callback.ipynb #67e7035f
 @patch(as_prop=True)
 def loss_state(self:KnowledgeDistillationCallback) -> dict:
     "What the parameters of losses start from: what was loaded, else where the last fit of the same student left them"
-    if self.loaded is not None: return self.loaded
+    if self.loaded_state is not None: return self.loaded_state
     return self.result.loss_state if self.result is not None and self.result.student() is unwrap(self.learn.model) else None
 
 @patch
@@ -111,9 +111,9 @@ def state_dict(self:KnowledgeDistillationCallback) -> dict:
 @patch
 def load_state_dict(self:KnowledgeDistillationCallback, state:dict):
     "Let the losses of the next fit go on from `state`, a `state_dict()`. Raises `ValueError` for anything else."
-    if state and not (isinstance(state, dict) and 'losses' in state):
+    if state and not (isinstance(state, dict) and state.get('losses')):
         raise ValueError(f"A state is what `kd.state_dict()` returned, got {state!r}.")
-    self.loaded = state or None
+    self.loaded_state = state or None
 
 # %% ../nbs/03_callback.ipynb #1651b7fb
 _fit = Learner.fit
@@ -126,6 +126,7 @@ def fit(self:Learner, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, star
                          "give one, with a list of losses or of teachers.")
     for kd in kds:
         kd.close()  # what an earlier fit may have left open
+        kd.learn = self  # it may be in several learners
         if reset_opt: kd.result = None
     try:
         with autocast_left(L(cbs)+self.cbs if kds else ()): return _fit(self, n_epoch, lr, wd, cbs, reset_opt, start_epoch)
@@ -134,16 +135,17 @@ def fit(self:Learner, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, star
 
 Learner.fit = fit
 
-# %% ../nbs/03_callback.ipynb #163b278a
+# %% ../nbs/03_callback.ipynb #9a7b1883
 _export = Learner.export
 
 @functools.wraps(_export)
 def export(self:Learner, *args, **kwargs):
     ours = [cb for cb in self.cbs if isinstance(cb, (KnowledgeDistillationCallback,Session))]
-    sessions,metrics = [cb for cb in ours if isinstance(cb, Session)],self.metrics
-    for session in sessions: session.loss_params.leave()
+    metrics,columns = self.metrics,[c for cb in ours if isinstance(cb, Session) for c in cb.columns]
+    for cb in ours:
+        if isinstance(cb, Session): cb.loss_params.leave()
     try:
-        self.metrics = L(m for m in metrics if not any(m in session.columns for session in sessions))
+        self.metrics = L(m for m in metrics if m not in columns)
         with self.removed_cbs(ours): return _export(self, *args, **kwargs)
     finally: self.metrics = metrics
 

@@ -47,7 +47,7 @@ def get_model_layers(
     "The dotted names of all layers of `model`, nested ones included, in the model's order."
     return {n:repr(l) for n,l in named_layers(model)} if get_layer_repr else [n for n,_ in named_layers(model)]
 
-# %% ../nbs/01_layers.ipynb #baaf7c7e
+# %% ../nbs/01_layers.ipynb #d351b355
 def layer_name(
     model, # A model or a `Learner`
     layer, # Dotted name of a layer, or the layer itself
@@ -518,7 +518,7 @@ def run(self:FeatureHooks,
         if self.calls == len(self.layers) and same_state(before, state_of(self.model)): self.once_for.add(shapes)
         return output
 
-# %% ../nbs/01_layers.ipynb #842f3be2
+# %% ../nbs/01_layers.ipynb #73b763d9
 def state_of(model) -> dict:
     "What the modules of a model hold in plain attributes: a hidden state, a counter."
     copied = lambda v: list(v) if isinstance(v, (list,tuple)) else v

@@ -194,12 +194,13 @@ class LayerTable(pd.DataFrame):
         text = {'shape': lambda o: ' × '.join(map(str, o)) if isinstance(o, tuple) else '', 'parameters': '{:,}'.format, 'stride': '{:.4g}'.format}
         return self.to_html(formatters={c: f for c,f in text.items() if c in self}, na_rep='')
 
-# %% ../nbs/01b_matching.ipynb #2579ff17
+# %% ../nbs/01b_matching.ipynb #42836a35
 def n_inputs(
     model # A model or a `Learner`
 ) -> int|None:
     "How many inputs `model` takes, `None` if any number."
     if isinstance(model, Learner): return getattr(model.dls, 'n_inp', 1)
+    if not isinstance(unwrap(model), nn.Module): return None
     params = inspect.signature(unwrap(model).forward).parameters.values()
     return None if any(p.kind is p.VAR_POSITIONAL for p in params) else sum(p.kind in (p.POSITIONAL_ONLY,p.POSITIONAL_OR_KEYWORD) for p in params)
 

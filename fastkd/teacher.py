@@ -25,7 +25,7 @@ __all__ = ['TeacherOutput', 'Knowledge', 'logits_of', 'has_several', 'makes_mode
            'architecture', 'digest', 'copy_of', 'Teacher', 'normalization_between', 'own_dtype', 'eval_when_called',
            'at_rest', 'described']
 
-# %% ../nbs/02_teacher.ipynb #b7193479
+# %% ../nbs/02_teacher.ipynb #7be7958f
 #: what a teacher says of a batch: `logits`, a tensor for each model, and `activations`, a dictionary from layer name to tensor
 TeacherOutput = namedtuple('TeacherOutput', 'logits activations')
 
@@ -65,14 +65,14 @@ def _model_of(teacher):
     raise TypeError("A teacher is a trained model (an `nn.Module`), a `Learner`, a callable from inputs to logits, or a "
                     f"list of these, got {got}.")
 
-# %% ../nbs/02_teacher.ipynb #92aa98fa
+# %% ../nbs/02_teacher.ipynb #642bf81b
 def makes_models(
     f # What was given as a teacher
 ) -> bool:
     "Is `f` a function such as torchvision's `resnet34`, which makes a model and computes no logits?"
     return inspect.isfunction(f) and bool({'weights','pretrained'} & set(inspect.signature(f).parameters))
 
-# %% ../nbs/02_teacher.ipynb #468cc8bb
+# %% ../nbs/02_teacher.ipynb #cc99e2e5
 #: what a teacher's `Learner` knows: `classes` and `words` (lists), `normalize` (mean and std of each channel; `()` for none); `None` for what is not known
 Knowledge = namedtuple('Knowledge', 'classes words normalize', defaults=(None,None,None))
 
@@ -88,7 +88,7 @@ def knowledge_of(
     mean_std = () if norm is None or norm.mean is None else tuple(torch.as_tensor(o).flatten().tolist() for o in (norm.mean,norm.std))
     return Knowledge(classes, words, mean_std if dls is not None else None)
 
-# %% ../nbs/02_teacher.ipynb #2d9cf15a
+# %% ../nbs/02_teacher.ipynb #e7f876f6
 def class_positions(
     student:list, # Classes of the student, in the order of its logits
     teacher:list # Classes of the teacher
@@ -108,7 +108,7 @@ def architecture(
     "The layers of `model` as text that is the same in every process: without the addresses of functions in it."
     return re.sub(' at 0x[0-9a-f]+', '', str(model))
 
-# %% ../nbs/02_teacher.ipynb #66e9fdea
+# %% ../nbs/02_teacher.ipynb #bf2fb569
 def digest(
     models, # Modules
     *settings # What else decides their outputs
@@ -123,7 +123,7 @@ def digest(
                 if isinstance(t, Tensor): h.update(f'{name} {tuple(t.shape)} {t.dtype} {row_keys(t.reshape(1,-1)).item() if t.numel() else 0}'.encode())
     return h.hexdigest()
 
-# %% ../nbs/02_teacher.ipynb #3a7cf56b
+# %% ../nbs/02_teacher.ipynb #0ec7ca2d
 def copy_of(
     model # A model
 ) -> nn.Module:
@@ -136,6 +136,7 @@ class Teacher:
     """Runs one model, or several, as a teacher.
 
     `dtype` makes copies of the weights, nothing else does. Raises `TypeError` if there is no model, `ValueError` for settings that exclude each other."""
+    fixed = True  # does it stay as it is while the student trains?
     def __init__(self,
         models, # A trained `nn.Module`, a `Learner`, a callable, or a list of these (an ensemble)
         dtype:torch.dtype=None, # Run copies of the models in `torch.bfloat16` or `torch.float16`
@@ -160,7 +161,7 @@ class Teacher:
         # for the student's data: positions of its classes among each model's, and how each model's inputs are normalized anew
         self.positions,self.renormalize = [None]*len(given),[None]*len(given)
 
-# %% ../nbs/02_teacher.ipynb #183bf2fb
+# %% ../nbs/02_teacher.ipynb #f22c298e
 @patch
 def _new_cache(self:Teacher, cache, topk):
     if not cache:
@@ -174,7 +175,7 @@ def _new_cache(self:Teacher, cache, topk):
                          "`cache=True`, or an `nn.Module`.")
     return LogitsCache(None if cache is True else cache, topk)
 
-# %% ../nbs/02_teacher.ipynb #1b783ff7
+# %% ../nbs/02_teacher.ipynb #27a74ecc
 @patch
 def knowledge(self:Teacher, i:int) -> Knowledge:
     "What is known of model `i`: what the user says, else what its `Learner` does"
@@ -206,7 +207,7 @@ def adapt(self:Teacher,
         self._warn_of_config(self.models[i], student, known)
     return list(dict.fromkeys(notes))
 
-# %% ../nbs/02_teacher.ipynb #15feec44
+# %% ../nbs/02_teacher.ipynb #688bfcb3
 def normalization_between(
     student, # `(mean, std)` of the student's images, `()` for none
     teacher # The same of the teacher's; `None` if it is not known
@@ -228,7 +229,7 @@ def _warn_of_config(self:Teacher, model, student, known):
                       "which the student's data are not. If it was trained so, say `Teacher(model, "
                       f"normalize=({tuple(mean)}, {tuple(std)}))`.")
 
-# %% ../nbs/02_teacher.ipynb #3a09828f
+# %% ../nbs/02_teacher.ipynb #ddd7fe83
 @patch
 def inputs_of(self:Teacher, *xb) -> tuple:
     "The first model's inputs for the student's"
@@ -252,13 +253,13 @@ def _formatted(self:Teacher, i, x):
     if dtype == torch.float32 and torch.is_autocast_enabled(x.device.type): dtype = x.dtype
     return x.to(dtype, memory_format=torch.channels_last if self.channels_last and x.ndim == 4 else torch.preserve_format, copy=True)
 
-# %% ../nbs/02_teacher.ipynb #8cb12e72
+# %% ../nbs/02_teacher.ipynb #b424abd2
 def own_dtype(model) -> torch.dtype|None:
     "The dtype of a model's floating point parameters, `None` if there are none or several"
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} if isinstance(model, nn.Module) else set()
     return dtypes.pop() if len(dtypes) == 1 else None
 
-# %% ../nbs/02_teacher.ipynb #e0a0a242
+# %% ../nbs/02_teacher.ipynb #a2bbd054
 @patch
 @torch.no_grad()
 def run(self:Teacher,
@@ -277,7 +278,7 @@ def __call__(self:Teacher, *xb) -> Tensor:
     "The logits for the inputs `xb`; of an ensemble those of the mean probabilities, the classes on the last axis."
     return mean_logits(self.run(*xb).logits)
 
-# %% ../nbs/02_teacher.ipynb #44608a52
+# %% ../nbs/02_teacher.ipynb #b690c93b
 @contextmanager
 def eval_when_called():
     "Within the block each module is in eval mode from when it is called; afterwards each is in its own again."
@@ -300,7 +301,7 @@ def at_rest(
     owner = getattr(model, '__self__', model)
     return partial(resting, list(owner.modules())) if isinstance(owner, nn.Module) else eval_when_called
 
-# %% ../nbs/02_teacher.ipynb #c7b9c554
+# %% ../nbs/02_teacher.ipynb #a5c5a100
 @patch
 @contextmanager
 def _resting(self:Teacher, xb):
@@ -334,7 +335,7 @@ def _hooks(self:Teacher, layers, xb):
     if layers not in self.hooks: self.hooks[layers] = FeatureHooks(self.model, layers, 'teacher', self._inputs(0, *xb))
     return self.hooks[layers]
 
-# %% ../nbs/02_teacher.ipynb #f8cb199e
+# %% ../nbs/02_teacher.ipynb #f74706e2
 @patch
 def logits_for(self:Teacher,
     output:TeacherOutput, # Of `run`
@@ -348,13 +349,13 @@ def logits_for(self:Teacher,
     if self.probs: zs = [z.logit(eps=1e-7) if kind == 'binary' else z.clamp(min=torch.finfo(z.dtype).tiny).log() for z in zs]
     return [z if p is None else z.index_select(-1 if axis is None else axis, torch.tensor(p, device=z.device)) for z,p in zip(zs, self.positions)]
 
-# %% ../nbs/02_teacher.ipynb #ff391bed
+# %% ../nbs/02_teacher.ipynb #7a40590f
 @patch(as_prop=True)
 def model(self:Teacher):
     "The first model, the one whose activations are compared; while open, as it runs"
     return (self.running or self.models)[0]
 
-# %% ../nbs/02_teacher.ipynb #f218716b
+# %% ../nbs/02_teacher.ipynb #d166e562
 @patch
 def open(self:Teacher,
     device=None, # Where the student's inputs are; `None` to leave the models where they are
@@ -376,7 +377,7 @@ def _move(self:Teacher, model, device):
     self.moved.append((model, *homes))
     model.to(device)
 
-# %% ../nbs/02_teacher.ipynb #28b7f633
+# %% ../nbs/02_teacher.ipynb #5c36c34c
 @patch
 def close(self:Teacher):
     "Put the models back where they were."
@@ -392,18 +393,20 @@ def close(self:Teacher):
 @contextmanager
 def on(self:Teacher,
     device=None, # Where the inputs are; `None` to leave the models where they are
-    n_items:int=None # How many items the data have: a cache then refuses data that are different each time
+    n_items:int=None, # How many items the data have: a cache then refuses data that are different each time
+    dls=None # The student's `DataLoaders`, to whose classes and normalization the teacher adapts
 ):
     "Within the block the models are ready to run on `device`; afterwards each is back where it was."
     if self.running is not None:  # within a fit
         yield self
         return
     try:
+        if dls is not None: self.adapt(dls)
         self.open(device, n_items)
         yield self
     finally: self.close()
 
-# %% ../nbs/02_teacher.ipynb #2096b5c9
+# %% ../nbs/02_teacher.ipynb #1c2e7e85
 @patch
 def begin(self:Teacher, learn):
     "Called before the first batch of a distillation in `learn`."
@@ -414,7 +417,7 @@ def snapshot(self:Teacher) -> callable:
     return noop
 
 @patch
-def after_step(self:Teacher, learn, **inputs):
+def after_step(self:Teacher, learn, labeled=True, **inputs):
     "Called after each step of the student's optimizer, with the class axis and the label to ignore."
 
 @patch
@@ -423,7 +426,7 @@ def reset(self:Teacher):
     for m in self.running or self.models:
         if hasattr(m, 'reset'): m.reset()
 
-# %% ../nbs/02_teacher.ipynb #009d7f7d
+# %% ../nbs/02_teacher.ipynb #aeccb775
 @patch
 def _cached(self:Teacher, *xb):
     "The logits from the cache; the models run on inputs that are new to it"
@@ -434,7 +437,7 @@ def _cached(self:Teacher, *xb):
     z = self.cache.run(lambda *xb: torch.stack(self._forward(*xb, mapped=True).logits, 1), *xb, precision=precision)
     return list(z.to(device).unbind(1))
 
-# %% ../nbs/02_teacher.ipynb #37672f75
+# %% ../nbs/02_teacher.ipynb #d6c07f46
 @patch
 def __repr__(self:Teacher):
     settings = {k: getattr(self, k) for k in ('dtype','channels_last','compile','inputs','outputs','probs','cache')}

@@ -414,7 +414,7 @@ def test_lookahead_looks_ahead_for_the_losses_parameters_too():
     learn,seen = learner(batches(shuffle=False), opt_func=ranger),[]
     class Watch(Callback):
         order = 30
-        def after_step(self): seen.append([torch.equal(a, b) for a,b in zip(kd.session.loss_params.params, kd.session.loss_params.state_dict()['slow'])])
+        def after_step(self): seen.append([torch.equal(a, b) for a,b in ((p, s['slow']) for p,s in zip(kd.session.loss_params.params, kd.session.loss_params.state_of(kd.session.loss_params.params)))])
     kd = KnowledgeDistillationCallback(net(width=6, seed=7), FitNet, 'conv1', 'conv1', weight='paper')
     learn.fit(2, cbs=[kd, Watch()])
     assert len(seen) == 6 and seen[5] and all(seen[5]) and not any(seen[4])  # every sixth step it meets its slow weights; an epoch ends at the third

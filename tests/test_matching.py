@@ -207,7 +207,7 @@ def test_a_batch_with_labels_and_learners_without_a_batch():
     dls = batches()
     student,teacher,batch = net(seed=1),net(width=6, seed=7),dls.one_batch()
     expected = match_layers(student, teacher, batch[0])
-    s,t = Learner(dls, student),Learner(dls, teacher)
+    s,t = [Learner(dls, m, nn.CrossEntropyLoss()) for m in (student,teacher)]
     assert expected == match_layers(student, teacher, batch) == match_layers(s, t) == match_layers(student, t) == match_layers(s, teacher, batch)
     assert layer_table(s).equals(layer_table(student, batch))
     with pytest.raises(TypeError, match='Learner'): match_layers(student, teacher)

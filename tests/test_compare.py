@@ -392,6 +392,10 @@ def test_a_method_that_does_not_fit_says_so_in_one_sentence(tmp_path):
     with pytest.raises(ValueError, match='^mine: a broken student$'): compare(broken, ['none', {'mine': afterwards}], 1, device='cpu', out=tmp_path, show=False)
     assert [r['method'] for r in Results(tmp_path/'results.jsonl').read()] == ['none']   # what was finished is kept
 
+def test_a_run_prints_nothing(tmp_path, capsys):
+    run(['none','soft','fitnet'], 1, out=tmp_path)
+    assert capsys.readouterr().out == ''
+
 def test_epochs_of_a_method(tmp_path):
     runs = run(['none','soft(epochs=1)'], 1, out=tmp_path)
     assert [len(s) for s in runs.seconds] == [2,1]

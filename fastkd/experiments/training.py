@@ -8,8 +8,7 @@ import hashlib, json, math, os, time, warnings
 from functools import partial
 from pathlib import Path
 import torch
-from fastcore.basics import noop
-from fastai.basics import Callback, CrossEntropyLossFlat, Learner, accuracy, set_seed
+from fastai.basics import Callback, CrossEntropyLossFlat, Learner, accuracy, noop, set_seed
 from fastai.callback import schedule as _schedule  # `fit_one_cycle`
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
@@ -76,7 +75,7 @@ def _learner(model, dls, fit, bf16):
     opt_func = partial(Adam, wd=fit.wd, mom=fit.betas[0], sqr_mom=fit.betas[1], eps=fit.eps)
     learn = Learner(dls, model(), CrossEntropyLossFlat(), opt_func=opt_func, lr=fit.lr, metrics=accuracy)
     learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, ProgressCallback)])
-    learn.logger = noop
+    learn.logger = noop  # fastai's, as in `no_logging`
     if bf16: learn.add_cbs([ChannelsLast(), Bfloat16()])
     return learn
 

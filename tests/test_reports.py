@@ -161,7 +161,7 @@ def drawn(fig):
     return [(t.get_text(), t.get_window_extent()) for t in texts if t is not None and t.get_visible() and t.get_text()], [ax.get_window_extent() for ax in fig.axes]
 
 @pytest.mark.parametrize('draw', [chart,curves])
-@pytest.mark.parametrize('names', [('a',), [f'soft(T={i},weight=0.{i}5,label_weight=0.5)' for i in range(9)]], ids=len)
+@pytest.mark.parametrize('names', [('a',), [f'soft(T={i},weight=0.{i}5,label_weight=0.5)' for i in range(9)], [f'method{i}' for i in range(23)]], ids=len)
 def test_nothing_in_a_chart_is_cut_or_covered(draw, names):
     fig = draw(made(none=[50.,60.], **{n: [51.,62.] for n in names}))
     texts,plots = drawn(fig)

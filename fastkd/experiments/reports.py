@@ -206,7 +206,7 @@ def curves(
     "Validation accuracy, mean over seeds, by epoch and by seconds of training; returns the figure."
     from matplotlib import cycler, rcParams
     from matplotlib.ticker import MaxNLocator
-    fig,(by_epoch,by_time) = _two_plots(runs, 3.6)
+    fig,(by_epoch,by_time) = _two_plots(runs, max(3.6, 0.25*runs.method.nunique()))
     dashes,colors = cycler(linestyle=['-','--',':','-.']),cycler(color=rcParams['axes.prop_cycle'].by_key()['color'])
     for ax in (by_epoch,by_time): ax.set_prop_cycle(dashes * colors)  # dashed where the colors run out
     for name,g in runs.groupby('method', sort=False):

@@ -91,12 +91,17 @@ def test_two_teachers_in_one_folder_make_two_tables(killed, tmp_path, capsys):
 
 @pytest.mark.parametrize('args,words', [
     (['rum'], "no command 'rum'"), (['run'], 'recipe'), (['run','digit'], 'mnist'), (['run','digits','--methods','sotf'], 'did you mean soft'),
-    (['run','digits','--methods','soft(T=)'], 'name=value'), (['run','digits','--methods','soft(weight=2)'], 'label_weight'), (['run','digits','--methods','none,none'], 'once'),
-    (['run','digits','--seeds','0'], '1 or more'), (['run','digits','--seeds','three'], "must be a whole number, got 'three'"), (['run','digits','--epochs','-1'], '1 or more'),
-    (['run','digits','--device','gpu'], 'no device'), (['run','digits','--augment'], 'no augmentation'), (['run','digits','--sseds','3'], 'nrecognized'), (['table','nowhere'], 'no results'), (['plot','nowhere'], 'no results'),
+    (['run','digits','--methods','soft(T=)'], 'name=value'), (['run','digits','--methods','soft(weight=2)'], 'label_weight'),
+    (['run','digits','--methods','none,none'], 'once'),
+    (['run','digits','--seeds','0'], '1 or more'), (['run','digits','--seeds','three'], "must be a whole number, got 'three'"),
+    (['run','digits','--epochs','-1'], '1 or more'),
+    (['run','digits','--device','gpu'], 'no device'), (['run','digits','--augment'], 'no augmentation'),
+    (['run','digits','--sseds','3'], 'nrecognized'), (['table','nowhere'], 'no results'), (['plot','nowhere'], 'no results'),
     (['models','digit'], 'no recipe'), (['table'], 'out'), (['run','digits','--methods','attention'], 'attention: Attention compares places'),
-    (['run','digits','--methods','none(epochs=-1)'], '1 or more'), (['run','digits','--methods','soft(T=x)'], 'must be a number'), (['run','digits','--device','meta'], 'not available'),
-    (['run','digits','--seeds','99999999999999999999999'], '10,000'), (['run','digits','--epochs','1.5'], 'must be a whole number'), (['run','digits','--methods','none','--out','/proc/nope'], 'cannot be written')])
+    (['run','digits','--methods','none(epochs=-1)'], '1 or more'), (['run','digits','--methods','soft(T=x)'], 'must be a number'),
+    (['run','digits','--device','meta'], 'not available'),
+    (['run','digits','--seeds','99999999999999999999999'], '10,000'), (['run','digits','--epochs','1.5'], 'must be a whole number'),
+    (['run','digits','--methods','none','--out','/proc/nope'], 'cannot be written')])
 def test_bad_arguments_are_one_sentence_and_status_2(args, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(args) == 2

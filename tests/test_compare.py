@@ -199,9 +199,13 @@ class Many(torch.nn.Module):
 
 def raising(pred, teacher_pred): return [][0]
 
-@pytest.mark.parametrize('methods,words', [(['attention'],'attention: Attention compares places'), (["fitnet(layers=[('0','nope')])"],"no layer 'nope'|'nope'"),
-    (["soft+fitnet(layers={'nope':'0'})"],"'nope'"), ({'mine': FeatureLoss},'mine: FeatureLoss is a base class'), ({'mine': KDLoss},'mine: KDLoss is a base class'), ({'mine': lambda pred, teacher_pred: pred},'not one number'),
-    ({'mine': raising},'mine: IndexError: list index out of range'), ({'mine': Method('mine', SoftTarget, 1., schedule=SchedLin(1, -1))},'negative'), ({'mine': Method('mine', SoftTarget, schedule=lambda p: 'x')},'mine: '),
+@pytest.mark.parametrize('methods,words', [(['attention'],'attention: Attention compares places'),
+    (["fitnet(layers=[('0','nope')])"],"no layer 'nope'|'nope'"),
+    (["soft+fitnet(layers={'nope':'0'})"],"'nope'"), ({'mine': FeatureLoss},'mine: FeatureLoss is a base class'),
+    ({'mine': KDLoss},'mine: KDLoss is a base class'), ({'mine': lambda pred, teacher_pred: pred},'not one number'),
+    ({'mine': raising},'mine: IndexError: list index out of range'),
+    ({'mine': Method('mine', SoftTarget, 1., schedule=SchedLin(1, -1))},'negative'),
+    ({'mine': Method('mine', SoftTarget, schedule=lambda p: 'x')},'mine: '),
     ({'mine': Many(np.ones(4))},'mine: .*RuntimeError')], ids=str)
 def test_a_method_that_does_not_suit_the_models_is_refused_before_anything_is_trained(methods, words, tmp_path, monkeypatch):
     monkeypatch.setattr(C, 'train', lambda *a, **k: pytest.fail('a student was trained'))
@@ -305,7 +309,8 @@ def holding(loss, o):
     loss.o = o
     return loss
 
-@pytest.mark.parametrize('o', [Path('a'), pd.Series([1]), pd.DataFrame({'a': [1]}), b'a', range(3), recursive(), itself(Many(1.))], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize('o', [Path('a'), pd.Series([1]), pd.DataFrame({'a': [1]}), b'a', range(3), recursive(), itself(Many(1.))],
+    ids=lambda o: type(o).__name__)
 def test_a_loss_may_hold_anything(o, tmp_path):
     runs = run({'mine': holding(Many(1.), o), 'other': itself(Many(2.))}, 1, out=tmp_path)
     assert runs.accuracy.notna().all() and Results(tmp_path/'results.jsonl').read()[0]['method'] == 'mine'
@@ -400,9 +405,13 @@ def test_epochs_of_a_method(tmp_path):
     runs = run(['none','soft(epochs=1)'], 1, out=tmp_path)
     assert [len(s) for s in runs.seconds] == [2,1]
 
-@pytest.mark.parametrize('kwargs,words', [(dict(methods=['none','none']),'once'), (dict(methods=[]),'one method or more'), (dict(seeds=0),'1 or more'), (dict(seeds=[1,1]),'once'), (dict(seeds=10**23),'10,000'), (dict(seeds=[-1]),'once'), (dict(seeds='12'),'seeds'), (dict(seeds=1.5),'seeds'),
-    (dict(epochs=1.5),'1 or more'), (dict(teacher_epochs='3'),'1 or more'), (dict(device='meta'),"'meta' is not available"), (dict(device=[]),'no device'), (dict(seeds=[]),'each once'),
-    (dict(epochs=0),'1 or more'), (dict(device='gpu'),'no device'), (dict(methods=[3]),'a name'), (dict(methods=[SoftTarget()]),"'mine': loss"), (dict(methods='sofd'),'did you mean soft')])
+@pytest.mark.parametrize('kwargs,words', [(dict(methods=['none','none']),'once'), (dict(methods=[]),'one method or more'),
+    (dict(seeds=0),'1 or more'), (dict(seeds=[1,1]),'once'), (dict(seeds=10**23),'10,000'), (dict(seeds=[-1]),'once'), (dict(seeds='12'),'seeds'),
+    (dict(seeds=1.5),'seeds'),
+    (dict(epochs=1.5),'1 or more'), (dict(teacher_epochs='3'),'1 or more'), (dict(device='meta'),"'meta' is not available"),
+    (dict(device=[]),'no device'), (dict(seeds=[]),'each once'),
+    (dict(epochs=0),'1 or more'), (dict(device='gpu'),'no device'), (dict(methods=[3]),'a name'), (dict(methods=[SoftTarget()]),"'mine': loss"),
+    (dict(methods='sofd'),'did you mean soft')])
 def test_refusals(kwargs, words, tmp_path):
     with pytest.raises(ValueError, match=words) as e: run(**{'methods': ['none'], 'out': tmp_path, **kwargs})
     assert '\n' not in str(e.value) and not list(tmp_path.iterdir())

@@ -154,10 +154,12 @@ def test_folders_that_contradict_their_names(tmp_path):
     "a scheme such as IMG_1 and photo_1 says nothing of cats; names of breeds do, in whatever folders they are"
     mixed = R.pets_data(photographs(tmp_path/'schemes', a=numbered('IMG', 10)+numbered('photo', 10), b=numbered('photo', 20)))
     assert mixed.train[1].bincount().tolist() == [15,15] and 'a and b' in mixed.name
-    breeds = R.pets_data(photographs(tmp_path/'breeds', train=numbered('Maine_Coon', 15)+numbered('beagle', 15), test=numbered('Bengal', 5)+numbered('great_pyrenees', 5)))
+    folders = dict(train=numbered('Maine_Coon', 15)+numbered('beagle', 15), test=numbered('Bengal', 5)+numbered('great_pyrenees', 5))
+    breeds = R.pets_data(photographs(tmp_path/'breeds', **folders))
     assert breeds.train[1].bincount().tolist() == [15,15] and 'cats and dogs' in breeds.name
 
-@pytest.mark.parametrize('folders,words', [(dict(images=numbered('beagle', 40)),'one kind'), (dict(a=numbered('x', 40)),'one kind'), (dict(a=numbered('x'), b=numbered('x'), c=numbered('x')),'3 folders'),
+@pytest.mark.parametrize('folders,words', [(dict(images=numbered('beagle', 40)),'one kind'), (dict(a=numbered('x', 40)),'one kind'),
+    (dict(a=numbered('x'), b=numbered('x'), c=numbered('x')),'3 folders'),
     (dict(a=numbered('x', 40), b=numbered('y', 3)),'and 3 of the other'), (dict(a=numbered('x', 10), b=numbered('y', 10)),'40')])
 def test_photographs_that_cannot_be_two_classes(folders, words, tmp_path):
     with pytest.raises(MissingData, match=words) as e: R.pets_data(photographs(tmp_path, **folders))

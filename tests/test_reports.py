@@ -94,7 +94,8 @@ def test_markdown_is_a_table():
     assert len(lines) == 5 and len({line.count('|') for line in lines}) == 1
     assert '+1.50' in lines[4] and '56.50 ± 7.78' in lines[4] and 'student alone' in lines[3]
 
-@pytest.mark.parametrize('names', [('a',), ('soft(T=7,weight=0.7)','a'), ('soft(T=4,weight=0.5,label_weight=0.5)+fitnet(weight=100,layers={"layer1":"0.4"})+' + 'attention(weight=1)'*3,)])
+@pytest.mark.parametrize('names', [('a',), ('soft(T=7,weight=0.7)','a'),
+    ('soft(T=4,weight=0.5,label_weight=0.5)+fitnet(weight=100,layers={"layer1":"0.4"})+' + 'attention(weight=1)'*3,)])
 def test_the_table_of_a_terminal_fits_80_columns(names):
     runs = made(none=[50.,60.,100.], **{n: [1.,62.,0.] for n in names})
     runs = runs[~((runs.method == 'none') & (runs.seed == 1))]  # two pairs
@@ -113,7 +114,8 @@ def test_epochs_to_the_baseline():
     assert list(early.index) == ['none','a'] and early.loc['none'].tolist() == [3,1,1,2]
     with pytest.raises(ValueError, match='no runs of the baseline'): epochs_to_baseline(runs, 'b')
 
-@pytest.mark.parametrize('name,method,difference,low,high,significant', [('digits','dist',1.84,1.09,2.59,True), ('mnist','dkd',-1.65,-2.54,-0.76,True),
+@pytest.mark.parametrize('name,method,difference,low,high,significant', [('digits','dist',1.84,1.09,2.59,True),
+    ('mnist','dkd',-1.65,-2.54,-0.76,True),
     ('cifar10','fitnet',3.97,3.81,4.13,True), ('pets-scratch','attention-paper',7.25,3.47,11.03,False)])
 def test_results_of_version_01_give_the_same_table(name, method, difference, low, high, significant):
     "the figures of the README"
@@ -157,8 +159,10 @@ def drawn(fig):
     for ax in fig.axes:
         (left,right),(low,high) = ax.get_xlim(),sorted(ax.get_ylim())
         texts += [ax.xaxis.label, ax.yaxis.label, *ax.texts]
-        texts += [l for l in ax.get_xticklabels() if left <= l.get_position()[0] <= right] + [l for l in ax.get_yticklabels() if low <= l.get_position()[1] <= high]
-    return [(t.get_text(), t.get_window_extent()) for t in texts if t is not None and t.get_visible() and t.get_text()], [ax.get_window_extent() for ax in fig.axes]
+        texts += [l for l in ax.get_xticklabels() if left <= l.get_position()[0] <= right]
+        texts += [l for l in ax.get_yticklabels() if low <= l.get_position()[1] <= high]
+    shown = [t for t in texts if t is not None and t.get_visible() and t.get_text()]
+    return [(t.get_text(), t.get_window_extent()) for t in shown], [ax.get_window_extent() for ax in fig.axes]
 
 @pytest.mark.parametrize('draw', [chart,curves])
 @pytest.mark.parametrize('names', [('a',), [f'soft(T={i},weight=0.{i}5,label_weight=0.5)' for i in range(9)], [f'method{i}' for i in range(23)]], ids=len)

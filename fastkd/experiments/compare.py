@@ -189,7 +189,7 @@ def run_all(self:Experiment,
     todo:list, # Methods and seeds
     show:bool=True # Show a progress bar?
 ) -> dict:
-    "Train the teacher unless it is kept, then a student for each of `todo`; returns `{(method, seed): run}`. Each run is written to the file as soon as it is finished."
+    "Train the teacher unless it is kept, then a student for each of `todo`. Returns `{(method, seed): run}`; each run is kept at once."
     self.check(list({m.name: m for m,_ in todo}.values()))
     self.results.check_writable()
     teacher_epochs = 0 if teacher_file(self.folder, self.teacher_settings).exists() else self.recipe.teacher_fit.epochs

@@ -225,7 +225,9 @@ def _images_of(folder, classes):
 def _image_folders(root):
     "Training and test set of `root/train/<class>/` and `root/test/<class>/`"
     classes = sorted(d.name for d in (root/'train').iterdir() if d.is_dir())
-    if not 1 < len(classes) <= 10: raise MissingData(f"{root/'train'} must hold a folder for each of two to ten classes, not for {'one class' if len(classes) == 1 else len(classes)}.")
+    if not 1 < len(classes) <= 10:
+        got = 'one class' if len(classes) == 1 else len(classes)
+        raise MissingData(f"{root/'train'} must hold a folder for each of two to ten classes, got {got}.")
     return [_images_of(root/part, classes) for part in ('train','test')]
 
 def _cifar10_sets(folder=None):
@@ -310,7 +312,8 @@ def _two_classes(files, root):
     if len(set(capital)) == 2 and (len(folders) == 1 or all(_breed.fullmatch(f.stem) for f in files)): return 'cats and dogs',capital
     if len(folders) == 2: return ' and '.join(d.name for d in folders), [folders.index(f.parent) for f in files]
     held = 'one kind of photographs' if len(folders) == 1 else f'photographs in {len(folders)} folders'
-    raise MissingData(f"{root} holds {held}: name cats with a capital and dogs without (`Bengal_1.jpg`, `beagle_1.jpg`), or put each of two classes into a folder.")
+    raise MissingData(f"{root} holds {held}: name cats with a capital and dogs without (`Bengal_1.jpg`, `beagle_1.jpg`), "
+                      "or put each of two classes into a folder.")
 
 def _photographs(folder=None):
     "What the data are, the files, and the class of each"

@@ -122,8 +122,8 @@ def plain_table(
 ) -> str:
     "A table for a terminal: accuracy, difference, interval, p and time, with a line that explains them."
     baseline,columns = _compared_with(table.attrs.get('baseline', 'none')),_columns(table)
-    names = {'accuracy, %': 'accuracy, %', f'difference to {baseline}': 'difference', '95 % interval': '95 % interval', 'p (Holm)': 'p (Holm)', 'time per epoch': 'time'}
-    rows = _cells(table, {short: columns[name] for name,short in names.items()})
+    shorter = {f'difference to {baseline}': 'difference', 'time per epoch': 'time'}
+    rows = _cells(table, {shorter.get(k, k): f for k,f in columns.items() if k not in ('parameters','n','way to the teacher')})
     numbers = ['  '.join(c.rjust(w) for c,w in zip(row[1:], _widths(rows)[1:])) for row in rows]
     room = width - 2 - len(numbers[0])
     first,lines = max(len(row[0]) for row in rows if len(row[0]) <= room),[]

@@ -11,9 +11,15 @@ export MKL_NUM_THREADS := 1
 demo: install
 	$(bin)/fastkd run digits --seeds 8 --device cpu --out runs/demo
 
+# pytest runs in the background and writes to a file, which is shown once the notebooks are done
 test: install
-	$(bin)/nbdev-test --n-workers 1
-	$(bin)/pytest -q
+	@echo 'Running notebooks and pytest side by side: about 4 minutes on two cores. The notebooks report first, then pytest.'
+	@log=$$(mktemp) || exit 1; PYTHONUNBUFFERED=1 $(bin)/pytest -q >"$$log" 2>&1 & pytest=$$!; \
+	trap 'kill $$pytest $$tail 2>/dev/null; rm -f "$$log"' EXIT; trap 'exit 130' INT TERM; \
+	$(bin)/nbdev-test --n-workers 1 --do-print; notebooks=$$?; \
+	[ $$notebooks = 0 ] && echo 'The notebooks passed; pytest:' || echo 'The notebooks FAILED, see above; pytest:'; \
+	tail -n +1 -f "$$log" & tail=$$!; wait $$pytest; tests=$$?; sleep 1; \
+	[ $$notebooks = 0 ] && [ $$tests = 0 ]
 
 install: .venv/installed
 

@@ -4,14 +4,23 @@
 
 # %% ../nbs/07_cli.ipynb #02b16350
 from __future__ import annotations
-import sys, warnings
+import sys, textwrap, warnings
+from argparse import ArgumentTypeError
 from dataclasses import replace
 from pathlib import Path
 from fastcore.script import anno_parser
 from . import __version__
 
 # %% auto #0
-__all__ = ['commands', 'run', 'table', 'plot', 'models', 'main']
+__all__ = ['commands', 'number', 'run', 'table', 'plot', 'models', 'main']
+
+# %% ../nbs/07_cli.ipynb #cli00005
+def number(
+    text:str # An argument
+) -> int:
+    "The whole number that `text` is."
+    try: return int(text)
+    except ValueError: raise ArgumentTypeError(f"must be a whole number, got {text!r}") from None
 
 # %% ../nbs/07_cli.ipynb #4e9360bf
 def _load(out):
@@ -24,11 +33,11 @@ def _load(out):
 
 # %% ../nbs/07_cli.ipynb #fdb36441
 def run(
-    recipe:str, # What to run, e.g. digits
-    methods:str=None, # Methods, separated by commas, e.g. "none,soft,soft(T=7,weight=0.7),soft+fitnet"; the recipe's own unless given
-    seeds:int=5, # Number of seeds
-    epochs:int=None, # Epochs of the student's training, in place of the recipe's
-    teacher_epochs:int=None, # Epochs of the teacher's training, in place of the recipe's
+    recipe:str, # What to run, e.g. digits; see below
+    methods:str=None, # Methods, separated by commas, e.g. "none,soft,soft(T=7,weight=0.7),soft+fitnet"; the recipe's own unless given; see below
+    seeds:number=5, # Number of seeds
+    epochs:number=None, # Epochs of the student's training, in place of the recipe's
+    teacher_epochs:number=None, # Epochs of the teacher's training, in place of the recipe's
     device:str=None, # cpu or cuda; a GPU if there is one, unless given
     data:str=None, # Folder with the data, in place of a download
     out:str=None, # Folder for teacher and results; runs/RECIPE unless given
@@ -36,11 +45,10 @@ def run(
     bf16:bool=False, # Train in bfloat16 mixed precision, channels-last, with a bfloat16 copy of the teacher?
     augment:bool=False # Augment what the student trains on, with and without a teacher, as the recipe does for its teacher?
 ):
-    "Train a teacher once, then the student with each method and seed; a command that was stopped resumes where it was."
+    "Train a teacher once, then the student with each method and seed. A command that was stopped continues where it was."
     from fastkd.methods import split_methods
     from fastkd.experiments.compare import compare
     from fastkd.experiments.recipes import find_recipe
-    if seeds < 1: raise ValueError(f"The number of seeds must be 1 or more, got {seeds}.")
     out,r = out or f'runs/{recipe}',find_recipe(recipe)
     if augment:
         if not r.augment: raise ValueError(f"The recipe {recipe!r} has no augmentation.")
@@ -50,15 +58,28 @@ def run(
     table(out)
     plot(out)
 
+# %% ../nbs/07_cli.ipynb #cli00007
+def _choices():
+    "All recipes, methods and schedules, in lines of 80 characters"
+    from fastkd.methods import named_methods, schedules
+    from fastkd.experiments.recipes import recipes
+    def filled(text): return textwrap.fill(text, 80, initial_indent='  ', subsequent_indent='  ', break_on_hyphens=False)
+    titles = [textwrap.fill(f'{n:18}{r.title}', 80, initial_indent='  ', subsequent_indent=' '*20) for n,r in recipes.items()]
+    return '\n'.join(['Recipes:', *titles, '', 'Methods:', filled(', '.join(['none', *named_methods()])), '',
+        filled("A method takes the arguments of its loss, and weight, label_weight, schedule and epochs: "
+               "\"soft(T=7,weight=0.7)\". A + trains with two losses: \"soft(T=4)+fitnet\"."), '',
+        'Schedules of the weight:', filled(f'{", ".join(schedules)}: "fitnet(schedule=hint)".')])
+
 # %% ../nbs/07_cli.ipynb #d2fd23e5
 def table(
     out:str # Folder with results
 ):
-    "Print the table of the results in a folder, and save it there as table.md."
-    from fastkd.experiments.reports import caption, markdown, table
-    text = '\n\n'.join(f'{markdown(table(runs))}\n\n{caption(runs)}' for runs in _load(out))
-    print(text)
-    (Path(out)/'table.md').write_text(text+'\n')
+    "Print a table of the results in a folder, and save one with more columns there as table.md."
+    from fastkd.experiments.reports import caption, markdown, plain_table, table
+    tables,path = [(table(runs),caption(runs)) for runs in _load(out)],Path(out)/'table.md'
+    path.write_text('\n\n'.join(f'{markdown(t)}\n\n{text}' for t,text in tables)+'\n', encoding='utf-8')
+    for t,text in tables: print(plain_table(t), textwrap.fill(text, 80), sep='\n\n', end='\n\n')
+    print(f'Table with all columns: {path}')
 
 # %% ../nbs/07_cli.ipynb #456b4449
 def plot(
@@ -106,12 +127,15 @@ def _run_command(name, args):
     parser = anno_parser(commands[name], prog=f'fastkd {name}')
     parser.error = lambda message: sys.exit(_failed(f'{message[0].upper()}{message[1:]}; see `fastkd {name} --help`.', 2))
     try: kwargs = {k: v for k,v in vars(parser.parse_args(args)).items() if k not in ('pdb','xtra')}
-    except SystemExit as e: return e.code or 0
+    except SystemExit as e:
+        if name == 'run' and not e.code: print(f'\n{_choices()}')  # after its help
+        return e.code or 0
     from fastkd.experiments.recipes import MissingData
     try: commands[name](**kwargs)
-    except KeyboardInterrupt: return _failed('\nStopped. What is finished is kept: the same command resumes from there.', 130)
+    except KeyboardInterrupt: return _failed('\nStopped. Finished runs are kept: the same command resumes from there.', 130)
     except ValueError as e: return _failed(e, 2)
     except MissingData as e: return _failed(e, 1)
+    except OSError as e: return _failed(f"{e.filename or 'A file'} cannot be read or written ({e.strerror or e}).", 1)
     return 0
 
 # %% ../nbs/07_cli.ipynb #3cf96c6c

@@ -4,20 +4,26 @@
 
 # %% ../nbs/05_methods.ipynb #mth00004
 from __future__ import annotations
-import ast, copy, re
+import ast, copy, hashlib, numbers, re
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import partial
 from inspect import signature
+from pathlib import PurePath
+from types import ModuleType
+import numpy as np
+from torch import Tensor, nn
 from fastcore.basics import patch
 from fastai.basics import L
 from fastai.callback.schedule import SchedCos, SchedLin, SchedNo, combine_scheds
 import fastkd.feature_losses  # which defines more losses
 from .callback import KnowledgeDistillationCallback
-from .losses import KDLoss
+from .losses import FunctionLoss, KDLoss
 from .objective import Objective
 
 # %% auto #0
-__all__ = ['schedules', 'loss_classes', 'named_methods', 'Method', 'split_methods', 'method', 'as_methods']
+__all__ = ['schedules', 'loss_classes', 'named_methods', 'checked_count', 'Method', 'contents', 'split_methods', 'method',
+           'as_methods']
 
 # %% ../nbs/05_methods.ipynb #mth00007
 def loss_classes() -> list:
@@ -37,11 +43,30 @@ schedules = {'cos': SchedCos(0, 1), 'lin': SchedLin(0, 1), 'fade': SchedLin(1, 0
     'hint': combine_scheds([0.5,0.5], [SchedLin(1, 0), SchedNo(0, 0)]),
     'warmup': combine_scheds([1/12,11/12], [SchedLin(0, 1), SchedNo(1, 1)])}
 
+# %% ../nbs/05_methods.ipynb #mth00044
+def checked_count(
+    n, # What should be a number of things
+    what:str # What is counted, for the message
+) -> int:
+    "`n`, a whole number of 1 or more. Raises `ValueError` for anything else."
+    if isinstance(n, numbers.Integral) and not isinstance(n, bool) and n >= 1: return int(n)
+    raise ValueError(f"The number of {what} must be a whole number of 1 or more, got {n!r}.")
+
+def _check_layers(loss):
+    "Raise `ValueError` for `layers` that are no pairs, and for a `channel_axis` that no activation has"
+    layers,axis = loss.layers,loss.channel_axis
+    pairs = list(layers.items()) if isinstance(layers, dict) else layers if isinstance(layers, (list,tuple)) else None
+    if layers is not None and (pairs is None or not all(isinstance(p, (list,tuple)) and len(p) == 2 for p in pairs)):
+        raise ValueError(f"`layers` are pairs of a student's and a teacher's layer, such as {{'layer1': '0.4'}}, got {layers!r}.")
+    for a in axis if isinstance(axis, (list,tuple)) else [axis]:
+        if a is None or (isinstance(a, int) and 1 <= abs(a) <= 4): continue
+        raise ValueError(f"`channel_axis` is the axis of the channels, such as 1 or -1 (axis 0 is the batch), got {axis!r}.")
+
 # %% ../nbs/05_methods.ipynb #mth00015
 @dataclass
 class Method:
     "A way to train the student: losses with their weights and schedule, or none."
-    name:str # What it is called in tables, and by which its finished runs are found
+    name:str # Its name in tables, which also identifies its finished runs
     loss:list=() # Losses: instances, classes or functions; empty: the student alone
     weight:float|list|str=None # As of `KnowledgeDistillationCallback`
     label_weight:float=None # As of `KnowledgeDistillationCallback`
@@ -50,9 +75,18 @@ class Method:
 
     def __post_init__(self):
         self.loss = list(self.loss) if isinstance(self.loss, (list,tuple,L)) else [self.loss]
-        if isinstance(self.schedule, str) and self.schedule not in schedules:
-            raise ValueError(f"There is no schedule {self.schedule!r}; there are {', '.join(schedules)}.")
-        self.objective = Objective(self.loss, self.weight, self.label_weight, self.annealer) if self.loss else None
+        try: self.objective = self.checked()
+        except (TypeError,ValueError) as e: raise ValueError(f"{self.name}: {e}") from None
+
+    def checked(self) -> Objective:
+        "The objective, `None` for the student alone. Raises `TypeError` or `ValueError` for settings that make no sense."
+        if self.epochs is not None: self.epochs = checked_count(self.epochs, 'epochs')
+        if self.schedule is not None and not callable(self.schedule) and self.schedule not in [*schedules]:
+            raise ValueError(f"There is no schedule {self.schedule!r}; the schedules are {', '.join(schedules)}.")
+        if not self.loss: return None
+        objective = Objective(self.loss, self.weight, self.label_weight, self.annealer)
+        for t in objective.terms: _check_layers(t.loss)
+        return objective
 
     @property
     def annealer(self): return schedules.get(self.schedule) if isinstance(self.schedule, str) else self.schedule
@@ -69,7 +103,7 @@ def weights(self:Method) -> tuple:
     "The weight of the labels, and a list of each loss's, before any schedule and warm-up."
     o = self.objective
     if o is None: return 1.,[]
-    return 1-o.weight if o.label_weight is None else o.label_weight, [t.weight for t in o.terms]
+    return float(1-o.weight if o.label_weight is None else o.label_weight), [t.weight for t in o.terms]
 
 # %% ../nbs/05_methods.ipynb #mth00017
 def _of_last_stage(loss, layers):
@@ -90,6 +124,48 @@ def callback(self:Method,
     return KnowledgeDistillationCallback(teacher, [_of_last_stage(t.loss, layers) for t in self.terms], *layers,
         weight=self.weight, label_weight=self.label_weight, schedule=self.annealer)
 
+# %% ../nbs/05_methods.ipynb #mth00045
+def _array_text(o):
+    "Type, shape and a fingerprint of an array or a tensor"
+    values = o.detach().cpu().float().numpy() if isinstance(o, Tensor) and o.dtype.is_floating_point else np.asarray(o)
+    data = repr(values.tolist()) if values.dtype == object else values.tobytes()
+    return f'{getattr(o, "dtype", values.dtype)}{values.shape}{hashlib.sha256(data if isinstance(data, bytes) else data.encode()).hexdigest()}'
+
+def _held_by(o):
+    "What a container, a function or an object holds"
+    if isinstance(o, (list,tuple)): return o
+    if isinstance(o, dict): return o.items()
+    if isinstance(o, partial): return o.func,o.args,o.keywords
+    held = [getattr(o, n, None) for n in ('__self__','__defaults__','__kwdefaults__','__dict__')]
+    return [*held, *[c.cell_contents for c in getattr(o, '__closure__', None) or ()]]
+
+# %% ../nbs/05_methods.ipynb #mth00046
+def contents(
+    o, # Any object
+    seen:dict=None # Objects that were met already, by `id`
+) -> str:
+    "What `o` holds, as text that is the same in every process."
+    seen = {} if seen is None else seen
+    if o is None or isinstance(o, (bool,int,float,complex,str,bytes,range,PurePath)): return repr(o)
+    if id(o) in seen: return f'#{seen[id(o)][0]}'
+    seen[id(o)] = len(seen),o  # held, so that its `id` stays its own
+    if isinstance(o, (type,ModuleType,nn.Parameter)): return getattr(o, '__name__', 'Parameter')
+    if hasattr(o, '__array__'): return _array_text(o)
+    if isinstance(o, (set,frozenset)): return f'{{{", ".join(sorted(contents(v, seen) for v in o))}}}'
+    return f"{getattr(o, '__qualname__', type(o).__qualname__)}({', '.join(contents(v, seen) for v in _held_by(o))})"
+
+# %% ../nbs/05_methods.ipynb #mth00048
+def _loss_text(loss):
+    "A loss with its settings, in one line"
+    said = loss.extra_repr()
+    if type(loss).__module__.split('.')[0] == 'fastkd' and not isinstance(loss, FunctionLoss):
+        unsaid = [(n, getattr(loss, n)) for n,p in signature(type(loss)).parameters.items()
+                  if f'{n}=' not in said and getattr(loss, n, p.default) != p.default]
+        return f"{loss.name}({', '.join([said]*bool(said) + [f'{n}={v}' for n,v in unsaid])})"
+    try: held = contents(getattr(loss, 'fn', loss))
+    except (RecursionError,TypeError,ValueError,RuntimeError): held = ''  # too deep, or an array that NumPy cannot hold
+    return f'{loss.name}({said}) {hashlib.sha256(held.encode()).hexdigest()[:12]}'
+
 # %% ../nbs/05_methods.ipynb #mth00019
 @patch
 def settings(self:Method) -> dict:
@@ -98,7 +174,7 @@ def settings(self:Method) -> dict:
     text = lambda o: re.sub(' at 0x[0-9a-f]+', '', o if isinstance(o, str) else repr(o))
     label,weights = self.weights()
     warmup = dict(warmup_epochs=self.warmup_epochs) if self.warmup_epochs else {}
-    return dict(loss=[text(f'{t.loss.name}({t.loss.extra_repr()})') for t in self.terms], weight=weights, label_weight=label,
+    return dict(loss=[text(_loss_text(t.loss)) for t in self.terms], weight=weights, label_weight=label,
         schedule=self.schedule and text(self.schedule), epochs=self.epochs, **warmup)
 
 # %% ../nbs/05_methods.ipynb #mth00022
@@ -154,6 +230,15 @@ def _defined(name):
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are none, {', '.join(named)}."
     raise ValueError(f"There is no method {name!r}; {hint}")
 
+# %% ../nbs/05_methods.ipynb #mth00049
+def _check_kinds(name, cls, kwargs):
+    "Raise `ValueError` for arguments of a loss that are no numbers, or not `True` or `False`, where its defaults are"
+    for k,default in {k: p.default for k,p in signature(cls).parameters.items() if k in kwargs}.items():
+        v,number = kwargs[k],isinstance(default, (int,float)) or k == 'T'
+        if isinstance(default, bool) and not isinstance(v, bool): raise ValueError(f"`{k}` of {name} must be True or False, got {v!r}.")
+        if number and not isinstance(default, bool) and (isinstance(v, bool) or not isinstance(v, (int,float))):
+            raise ValueError(f"`{k}` of {name} must be a number, got {v!r}.")
+
 # %% ../nbs/05_methods.ipynb #mth00033
 def _single(text):
     "The method of one loss, or of none, that `text` means"
@@ -163,9 +248,10 @@ def _single(text):
     takes = ['epochs'] if cls is None else [*signature(cls).parameters, *own]
     unknown = [k for k in kwargs if k not in takes]
     if unknown: raise ValueError(f"`{name}` has no argument {unknown[0]!r}; it takes {', '.join(takes)}.")
+    if cls: _check_kinds(name, cls, kwargs)
     settings = {**settings, **kwargs}
     try: loss = [cls(**{k: v for k,v in settings.items() if k not in own})] if cls else []
-    except TypeError as e: raise ValueError(f"{text!r}: {e}.") from None
+    except ValueError as e: raise ValueError(f"{text}: {e}") from None
     return Method(text, loss, **{k: v for k,v in settings.items() if k in own})
 
 # %% ../nbs/05_methods.ipynb #mth00034

@@ -54,3 +54,8 @@ def hooks(*models):
 
 @pytest.fixture
 def teacher(): return net(width=6, seed=7)
+
+@pytest.fixture(autouse=True)
+def folder_of_its_own(tmp_path, monkeypatch):
+    "A learner makes `models/` in the folder that the test runs in"
+    monkeypatch.chdir(tmp_path)

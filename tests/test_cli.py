@@ -1,5 +1,5 @@
 "The command, as users run it"
-import json, os, signal, subprocess, sys, time
+import json, os, re, signal, subprocess, sys, time
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -7,11 +7,12 @@ import pytest
 import fastkd
 from fastkd.cli import main
 from fastkd.experiments import compare
-from fastkd.experiments.recipes import augmented
+from fastkd.experiments.recipes import augmented, recipes
+from fastkd.methods import named_methods, schedules
 
 def command(*args, **kwargs):
     env = {**os.environ, 'PYTHONPATH': str(Path(fastkd.__file__).parents[1]), 'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1'}
-    return subprocess.Popen([sys.executable, '-c', 'import sys; from fastkd.cli import main; sys.exit(main())', *map(str, args)], env=env,
+    return subprocess.Popen([sys.executable, '-m', 'fastkd', *map(str, args)], env=env,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
 
 def lines(out):
@@ -54,7 +55,10 @@ def test_its_numbers_are_those_of_an_unbroken_one(killed, tmp_path):
 def test_table_and_charts_are_written(killed):
     out,*_,text,err = killed
     table = (out/'table.md').read_text()
-    assert table.strip() in text and table.count('\n|') == 4 and '1,000 test rows' in table
+    assert table.count('\n|') == 4 and '| student alone' in table and '1,000 test rows' in table
+    shown = text[text.index('  accuracy, %'):]
+    assert 'student alone' in shown and '1,000 test rows' in shown and f'{out}/table.md' in shown
+    assert max(len(l) for l in shown.splitlines() if str(out) not in l) <= 80
     for name in 'chart.png','curves.png': assert (out/name).read_bytes()[:4] == b'\x89PNG'
     assert 'Traceback' not in err
 
@@ -67,7 +71,7 @@ def test_table_and_plot_alone(killed, capsys):
     out = killed[0]
     for name in 'table.md','chart.png','curves.png': (out/name).unlink()
     assert main(['table',str(out)]) == 0 and main(['plot',str(out)]) == 0
-    assert capsys.readouterr().out.startswith((out/'table.md').read_text())
+    assert 'student alone' in capsys.readouterr().out and (out/'table.md').read_text().count('\n|') == 4
     assert (out/'chart.png').exists() and (out/'curves.png').exists()
 
 def test_two_comparisons_in_one_folder(killed, tmp_path, capsys):
@@ -87,15 +91,51 @@ def test_two_teachers_in_one_folder_make_two_tables(killed, tmp_path, capsys):
 
 @pytest.mark.parametrize('args,words', [
     (['rum'], "no command 'rum'"), (['run'], 'recipe'), (['run','digit'], 'mnist'), (['run','digits','--methods','sotf'], 'did you mean soft'),
-    (['run','digits','--methods','soft(T=)'], 'name=value'), (['run','digits','--methods','soft(weight=2)'], 'label_weight'), (['run','digits','--methods','none,none'], 'once'),
-    (['run','digits','--seeds','0'], '1 or more'), (['run','digits','--seeds','three'], 'invalid int'), (['run','digits','--epochs','-1'], '1 or more'),
-    (['run','digits','--device','gpu'], 'no device'), (['run','digits','--augment'], 'no augmentation'), (['run','digits','--sseds','3'], 'nrecognized'), (['table','nowhere'], 'no results'), (['plot','nowhere'], 'no results'),
-    (['models','digit'], 'no recipe'), (['table'], 'out')])
+    (['run','digits','--methods','soft(T=)'], 'name=value'), (['run','digits','--methods','soft(weight=2)'], 'label_weight'),
+    (['run','digits','--methods','none,none'], 'once'),
+    (['run','digits','--seeds','0'], '1 or more'), (['run','digits','--seeds','three'], "must be a whole number, got 'three'"),
+    (['run','digits','--epochs','-1'], '1 or more'),
+    (['run','digits','--device','gpu'], 'no device'), (['run','digits','--augment'], 'no augmentation'),
+    (['run','digits','--sseds','3'], 'nrecognized'), (['table','nowhere'], 'no results'), (['plot','nowhere'], 'no results'),
+    (['models','digit'], 'no recipe'), (['table'], 'out'), (['run','digits','--methods','attention'], 'attention: Attention compares places'),
+    (['run','digits','--methods','none(epochs=-1)'], '1 or more'), (['run','digits','--methods','soft(T=x)'], 'must be a number'),
+    (['run','digits','--device','meta'], 'not available'),
+    (['run','digits','--seeds','99999999999999999999999'], '10,000'), (['run','digits','--epochs','1.5'], 'must be a whole number'),
+    (['run','digits','--methods','none','--out','/proc/nope'], 'cannot be written')])
 def test_bad_arguments_are_one_sentence_and_status_2(args, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(args) == 2
     out,err = capsys.readouterr()
     assert words in err and err.count('\n') == 1 and not out and not list(tmp_path.iterdir())
+
+@pytest.mark.parametrize('line', ['{}', '[]', '5', '{"key":"a","comparison":"c","teacher":{}}', '{'])
+def test_a_line_that_is_no_run_is_one_sentence(killed, line, tmp_path, capsys):
+    (tmp_path/'results.jsonl').write_bytes(b''.join(lines(killed[0])) + line.encode() + b'\n')
+    for args in ['table',str(tmp_path)],['plot',str(tmp_path)],[*map(str, run),str(tmp_path)]:
+        assert main(args) == 2
+        out,err = capsys.readouterr()
+        assert 'Line 9 of' in err and err.count('\n') == 1 and not out
+
+def test_files_that_cannot_be_written_are_one_sentence(killed, tmp_path, capsys):
+    (tmp_path/'results.jsonl').write_bytes(b''.join(lines(killed[0])))
+    for name in 'table.md','chart.png': (tmp_path/name).mkdir()
+    for command in 'table','plot':
+        assert main([command, str(tmp_path)]) == 1
+        err = capsys.readouterr().err
+        assert 'cannot be' in err and err.count('\n') == 1
+
+def test_photographs_of_one_class_and_damaged_ones_are_one_sentence(tmp_path, capsys):
+    from PIL import Image
+    for i in range(40):
+        (tmp_path/'a').mkdir(exist_ok=True)
+        Image.new('RGB', (70,70)).save(tmp_path/'a'/f'x_{i}.jpg')
+    assert main(['run','pets-scratch','--data',str(tmp_path),'--out',str(tmp_path/'out')]) == 1
+    assert 'one kind' in (err := capsys.readouterr().err) and err.count('\n') == 1
+    (tmp_path/'b').mkdir()
+    for i in range(20): (tmp_path/'a'/f'x_{i}.jpg').rename(tmp_path/'b'/f'y_{i}.jpg')
+    (tmp_path/'b'/'y_3.jpg').write_bytes((tmp_path/'b'/'y_3.jpg').read_bytes()[:300])
+    assert main(['run','pets-scratch','--data',str(tmp_path),'--out',str(tmp_path/'out')]) == 1
+    assert 'y_3.jpg cannot be read as an image' in (err := capsys.readouterr().err) and err.count('\n') == 1 and not (tmp_path/'out').exists()
 
 def test_missing_data_are_one_sentence_and_status_1(capsys, tmp_path):
     assert main(['run','mnist','--data',str(tmp_path/'nothing'),'--out',str(tmp_path/'out')]) == 1
@@ -128,6 +168,8 @@ def test_help(capsys):
     assert main(['run','--help']) == 0
     out = capsys.readouterr().out
     for option in 'recipe','--methods','--seeds','--epochs','--device','--data','--out','--bf16','--augment': assert option in out
+    for choice in *recipes,'none',*named_methods(),*schedules: assert re.search(rf'(^|[ ,]){re.escape(choice)}([ ,.:]|$)', out, re.M), choice
+    assert max(map(len, out[out.index('Recipes'):].splitlines())) <= 80
     assert main(['--version']) == 0 and capsys.readouterr().out.strip() == fastkd.__version__
 
 def test_models(capsys):

@@ -1,5 +1,5 @@
 "Runs of a comparison: what they train, what identifies them, and what is not run again"
-import json, re, warnings
+import json, random, re, warnings
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner
 from fastai.callback.mixup import MixUp
+from fastai.callback.schedule import SchedLin
 from fastai.optimizer import Adam
 from fastkd.experiments import Fit, Method, Parts, Recipe, Results, caption, compare, find_recipe
 from fastkd.experiments.recipes import ArrayLoader, perceptron, pytorch_adam
 from fastkd.experiments.training import train
-from fastkd.losses import Logits, SoftTarget
+from fastkd.feature_losses import FeatureLoss
+from fastkd.losses import KDLoss, Logits, SoftTarget
 
 results = Path(__file__).parents[1]/'nbs'/'tutorials'/'results'
 C = import_module('fastkd.experiments.compare')  # the module: `fastkd.experiments.compare` is the function
@@ -101,9 +103,10 @@ def rows_asked(recipe, loss, out):
     runs = compare(recipe, [loss], 1, epochs=5, device='cpu', out=out, show=False)
     return Counting.rows, runs
 
-@pytest.mark.parametrize('loss,rows', [('soft',60), ('fitnet',300), ('soft+fitnet',300)])
-def test_a_teacher_that_is_always_asked_the_same_is_asked_once(loss, rows, tmp_path):
+@pytest.mark.parametrize('loss,rows', [('soft',60), ('fitnet',20+300), ('soft+fitnet',20+300)])  # 20 to find the layouts
+def test_a_teacher_that_is_always_asked_the_same_is_asked_once(loss, rows, tmp_path, monkeypatch):
     "and one whose activations are compared, in each epoch"
+    monkeypatch.setattr(C.Experiment, 'check', lambda *args: None)  # which asks an untrained teacher
     asked,runs = rows_asked(replace(recipe, teacher=counting), loss, tmp_path/'fixed')
     assert asked == rows
     if loss != 'soft': return
@@ -122,7 +125,7 @@ def test_the_students_augmentation_is_for_the_students(finished, tmp_path):
         seen.append(len(x))
         return -x
     runs = compare(replace(recipe, student_augment=mirrored), ['none','soft'], 1, device='cpu', out=tmp_path, show=False)
-    assert seen == [20]*3*2*2 and len(list(tmp_path.glob('teacher-*'))) == 1
+    assert seen == [16]*2 + [20]*3*2*2 and len(list(tmp_path.glob('teacher-*'))) == 1
     assert set(runs.comparison).isdisjoint(single.comparison) and runs.teacher[0] == single.teacher[0]
     assert runs.log[0]['train_loss'] != single.log[0]['train_loss']
     assert ', augmented,' in caption(runs) and 'augmented' not in caption(pd.concat([single.drop(columns=['augmented','bf16']), single]))
@@ -163,9 +166,11 @@ def test_an_error_in_bfloat16_leaves_no_autocast_behind(error, loss, tmp_path):
     "The next run is as if there had been none: autocast would keep its copies of the first step's weights for it"
     broken = []
     def student():
-        model = recipe.student()
+        model,calls = recipe.student(),[]
         def fail(module, args, output):
-            if torch.is_autocast_enabled('cpu') and module.training: raise error('on the way')
+            if not (torch.is_autocast_enabled('cpu') and module.training): return
+            calls.append(1)
+            if len(calls) == 2: raise error('on the way')  # the first batch has been tried before
         broken.append(model[0].register_forward_hook(fail))
         return model
     with pytest.raises(error, match='on the way'): compare(replace(recipe, student=student), [loss], 1, device='cpu', bf16=True, out=tmp_path/'failed', show=False)
@@ -183,7 +188,58 @@ def test_a_loss_that_cannot_work_is_refused_before_anything_is_trained(tmp_path,
     state = torch.get_rng_state()
     for loss in 'dkd','standardised','dist','soft+dist':
         with pytest.raises(ValueError, match=rf'{re.escape(loss)}: .*SoftTarget'): compare(binary, ['none','soft',loss], 1, device='cpu', out=tmp_path, show=False)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), state) and not list(tmp_path.iterdir())
+
+class Many(torch.nn.Module):
+    "A loss that holds anything, and counts its calls"
+    def __init__(self, held=None): super().__init__(); self.held,self.calls = held,0
+    def forward(self, pred, teacher_pred):
+        self.calls += 1
+        return ((pred-teacher_pred)**2 * torch.as_tensor(np.asarray(self.held, dtype=float))).float().mean()
+
+def raising(pred, teacher_pred): return [][0]
+
+@pytest.mark.parametrize('methods,words', [(['attention'],'attention: Attention compares places'),
+    (["fitnet(layers=[('0','nope')])"],"no layer 'nope'|'nope'"),
+    (["soft+fitnet(layers={'nope':'0'})"],"'nope'"), ({'mine': FeatureLoss},'mine: FeatureLoss is a base class'),
+    ({'mine': KDLoss},'mine: KDLoss is a base class'), ({'mine': lambda pred, teacher_pred: pred},'not one number'),
+    ({'mine': raising},'mine: IndexError: list index out of range'),
+    ({'mine': Method('mine', SoftTarget, 1., schedule=SchedLin(1, -1))},'negative'),
+    ({'mine': Method('mine', SoftTarget, schedule=lambda p: 'x')},'mine: '),
+    ({'mine': Many(np.ones(4))},'mine: .*RuntimeError')], ids=str)
+def test_a_method_that_does_not_suit_the_models_is_refused_before_anything_is_trained(methods, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(C, 'train', lambda *a, **k: pytest.fail('a student was trained'))
+    monkeypatch.setattr(C, 'trained_teacher', lambda *a, **k: pytest.fail('a teacher was trained'))
+    state = torch.get_rng_state(),random.getstate(),np.random.get_state()[1].tolist()
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=words) as e:
+        warnings.simplefilter('error')  # the warnings of a fit are for the fit itself
+        run([{'fine': Many(1.)}, methods] if isinstance(methods, dict) else ['none',*methods], 3, out=tmp_path)
+    assert '\n' not in str(e.value) and not list(tmp_path.iterdir())
+    assert torch.equal(torch.get_rng_state(), state[0]) and random.getstate() == state[1] and np.random.get_state()[1].tolist() == state[2]
+
+def test_each_method_is_tried_once_and_its_loss_stays_as_it_was(tmp_path, monkeypatch):
+    tried,loss = [],Many(1.)
+    original = C.try_batch
+    monkeypatch.setattr(C, 'try_batch', lambda *a, **k: (tried.append(1), original(*a, **k)))
+    runs = run(['none', {'mine': loss}], 3, out=tmp_path)
+    assert len(tried) == 2 and len(runs) == 6 and loss.calls == 0
+    run(['none', {'mine': loss}], 3, out=tmp_path)
+    assert len(tried) == 2  # nothing is left to run
+
+def test_a_run_does_not_depend_on_the_runs_before_it(tmp_path):
+    "also with a loss that keeps a state"
+    class Growing(torch.nn.Module):
+        def __init__(self): super().__init__(); self.n = 0
+        def forward(self, pred, teacher_pred): self.n += 1; return self.n*(pred-teacher_pred).square().mean()
+    both,second = run({'mine': Growing()}, 2, out=tmp_path/'both'),run({'mine': Growing()}, [1], out=tmp_path/'second')
+    assert both.log[1] == second.log[0]
+
+@pytest.mark.parametrize('out', ['file','file/deeper','/proc/nope','/dev/full'])
+def test_a_folder_that_cannot_be_written_is_found_before_anything_is_trained(out, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(C, 'trained_teacher', lambda *a, **k: pytest.fail('a teacher was trained'))
+    Path('file').write_text('')
+    with pytest.raises(ValueError, match='cannot be written'): run(['none'], 1, out=out)
 
 def test_nothing_is_run_again(finished, monkeypatch):
     out,runs = finished
@@ -232,6 +288,32 @@ def test_a_named_object_is_found_by_its_name(tmp_path):
     again = run({'mine': [SoftTarget(3), Logits()]}, 1, out=tmp_path)
     assert again.when[0] == first.when[1] and first.settings[1]['method']['loss'] == ['SoftTarget(T=3)', 'Logits()']
     assert run([Method('mine', [SoftTarget(3), Logits()])], 1, out=tmp_path).when[0] == first.when[1]
+
+def test_two_names_make_two_methods(tmp_path):
+    runs = run([{'light': Many(np.ones(3)), 'heavy': Many(np.ones(3)*100)}], 1, out=tmp_path)
+    assert runs.log[0] != runs.log[1]
+    with pytest.warns(UserWarning, match="'light' had other settings"): run({'light': Many(np.ones(3)*100)}, 1, out=tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert run({'light': Many(np.ones(3))}, 1, out=tmp_path).when[0] == runs.when[0]
+
+def recursive():
+    def f(n): return f(n-1) if n else 0
+    return f
+
+def itself(loss):
+    loss.__dict__['me'] = loss
+    return loss
+
+def holding(loss, o):
+    loss.o = o
+    return loss
+
+@pytest.mark.parametrize('o', [Path('a'), pd.Series([1]), pd.DataFrame({'a': [1]}), b'a', range(3), recursive(), itself(Many(1.))],
+    ids=lambda o: type(o).__name__)
+def test_a_loss_may_hold_anything(o, tmp_path):
+    runs = run({'mine': holding(Many(1.), o), 'other': itself(Many(2.))}, 1, out=tmp_path)
+    assert runs.accuracy.notna().all() and Results(tmp_path/'results.jsonl').read()[0]['method'] == 'mine'
 
 @pytest.mark.parametrize('changed', [SoftTarget(4), [SoftTarget(3), Logits()], Method('mine', SoftTarget(3), 0.7)])
 def test_an_object_that_has_changed_under_its_name_is_told(changed, tmp_path):
@@ -294,7 +376,7 @@ def test_runs_of_a_teacher_that_is_gone_are_no_part_of_a_comparison(tmp_path):
         with pytest.raises(ValueError, match='another teacher'): run(methods, 1, out=tmp_path)
 
 def test_callbacks_of_the_student_that_cannot_work(tmp_path):
-    for cbs,methods,words in ((MixUp(),),['none'],'makers'),((MixUp,),['none','dkd'],'dkd: the loss DecoupledKD needs one class label'):
+    for cbs,methods,words in ((MixUp(),),['none'],'make callbacks'),((MixUp,),['none','dkd'],'dkd: The loss DecoupledKD needs one class label'):
         with pytest.raises(ValueError, match=words): compare(replace(recipe, student_cbs=cbs), methods, 1, device='cpu', out=tmp_path, show=False)
     assert not list(tmp_path.iterdir())
 
@@ -303,16 +385,33 @@ def test_a_term_that_warms_up_has_a_mean(tmp_path):
     assert all(v > 0 for v in r.log['kd_loss'])
 
 def test_a_method_that_does_not_fit_says_so_in_one_sentence(tmp_path):
-    with pytest.raises(ValueError, match='^attention: Attention compares places') as e: run(['none','attention'], 1, out=tmp_path)
-    assert '\n' not in str(e.value)
+    def student():
+        model,calls = recipe.student(),[]
+        model[0].register_forward_hook(lambda *args: calls.append(1))
+        model[1].register_forward_hook(lambda m, args, out: out*float('nan') if len(calls) > 4 else None)
+        return model
+    def afterwards(pred, teacher_pred):
+        if pred.isnan().any(): raise ValueError('a broken student')
+        return (pred-teacher_pred).square().mean()
+    broken = replace(recipe, student=student)
+    with pytest.raises(ValueError, match='^mine: a broken student$'): compare(broken, ['none', {'mine': afterwards}], 1, device='cpu', out=tmp_path, show=False)
     assert [r['method'] for r in Results(tmp_path/'results.jsonl').read()] == ['none']   # what was finished is kept
+
+def test_a_run_prints_nothing(tmp_path, capsys):
+    run(['none','soft','fitnet'], 1, out=tmp_path)
+    assert capsys.readouterr().out == ''
 
 def test_epochs_of_a_method(tmp_path):
     runs = run(['none','soft(epochs=1)'], 1, out=tmp_path)
     assert [len(s) for s in runs.seconds] == [2,1]
 
-@pytest.mark.parametrize('kwargs,words', [(dict(methods=['none','none']),'once'), (dict(methods=[]),'one method or more'), (dict(seeds=0),'one seed or more'), (dict(seeds=[1,1]),'once'),
-    (dict(epochs=0),'1 or more'), (dict(device='gpu'),'no device'), (dict(methods=[3]),'a name'), (dict(methods=[SoftTarget()]),"'mine': loss"), (dict(methods='sofd'),'did you mean soft')])
+@pytest.mark.parametrize('kwargs,words', [(dict(methods=['none','none']),'once'), (dict(methods=[]),'one method or more'),
+    (dict(seeds=0),'1 or more'), (dict(seeds=[1,1]),'once'), (dict(seeds=10**23),'10,000'), (dict(seeds=[-1]),'once'), (dict(seeds='12'),'seeds'),
+    (dict(seeds=1.5),'seeds'),
+    (dict(epochs=1.5),'1 or more'), (dict(teacher_epochs='3'),'1 or more'), (dict(device='meta'),"'meta' is not available"),
+    (dict(device=[]),'no device'), (dict(seeds=[]),'each once'),
+    (dict(epochs=0),'1 or more'), (dict(device='gpu'),'no device'), (dict(methods=[3]),'a name'), (dict(methods=[SoftTarget()]),"'mine': loss"),
+    (dict(methods='sofd'),'did you mean soft')])
 def test_refusals(kwargs, words, tmp_path):
     with pytest.raises(ValueError, match=words) as e: run(**{'methods': ['none'], 'out': tmp_path, **kwargs})
     assert '\n' not in str(e.value) and not list(tmp_path.iterdir())

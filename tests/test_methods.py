@@ -1,6 +1,7 @@
 "Methods by name: what a text means, and what is refused"
-import json
-import pytest, torch
+import json, os, subprocess, sys
+from pathlib import Path
+import numpy as np, pandas as pd, pytest, torch
 from fastai.callback.schedule import SchedCos
 from fastkd.callback import KnowledgeDistillationCallback
 from fastkd.feature_losses import Attention, FitNet, RKD, Similarity
@@ -85,7 +86,8 @@ def test_layers_are_for_losses_that_compare_them():
 
 def test_losses_are_not_copied():
     loss = Similarity()
-    assert Method('mine', loss).callback(torch.nn.Identity(), (['a','b'],['c','d'])).objective.terms[0].loss.layers == [('b','d')] and loss.layers is None
+    assert Method('mine', loss).callback(torch.nn.Identity(),
+    (['a','b'],['c','d'])).objective.terms[0].loss.layers == [('b','d')] and loss.layers is None
     assert [l.paper_layers for l in (Similarity,RKD,FitNet)] == ['last','last','all']
 
 def test_a_schedule_by_name():
@@ -110,6 +112,32 @@ def test_no_method(text):
     with pytest.raises(ValueError) as e: method(text)
     assert '\n' not in str(e.value)
 
+@pytest.mark.parametrize('text,words', [('none(epochs=-1)','1 or more, got -1'), ('none(epochs=0)','1 or more, got 0'),
+    ('soft(epochs=1.5)','got 1.5'), ('soft(epochs=abc)',"got 'abc'"),
+    ('soft(epochs=True)','got True'), ('soft(schedule=3)','schedules are cos, lin'), ('soft(schedule=[])','schedules are cos'),
+    ('soft(schedule=up)','schedules are cos'),
+    ('fitnet(layers=3)','`layers` are pairs'), ('fitnet(layers="x")','`layers` are pairs'), ("fitnet(layers=['0','1'])",'`layers` are pairs'),
+    ('attention(channel_axis=9)','got 9'),
+    ('fitnet(channel_axis=0)','axis 0 is the batch'), ('fitnet(channel_axis=x)',"got 'x'"), ('fitnet(channel_axis=(1,-7))',r'got \(1, -7\)'),
+    ('soft(weight=-1)','non-negative, got -1'),
+    ('soft(weight=nan)',"got 'nan'"), ('soft(weight=1e999)','finite'), ('soft(weight={})','a number'),
+    ('soft(weight=[0.2,0.3])','1 losses but 2 weights|2 weights'), ('soft(label_weight=x)','`label_weight` is a number'),
+    ('soft(T=x)',"`T` of soft must be a number, got 'x'"), ('soft(T=True)','must be a number'),
+    ('dkd(alpha=x)','`alpha` of dkd must be a number'), ('fitnet(bn=3)','must be True or False'),
+    ('attention(p=None)','must be a number'), ('soft(T=0)','above 0'), ('soft(T=-1)+fitnet','above 0'), ('soft+fitnet(epochs=-1)','got -1')])
+def test_an_argument_that_makes_no_sense_is_one_sentence(text, words):
+    with pytest.raises(ValueError, match=words) as e: as_methods(['none', text])
+    assert '\n' not in str(e.value) and 'str' not in str(e.value).split() and "'<'" not in str(e.value)
+
+@pytest.mark.parametrize('name', ['KDLoss','FeatureLoss','TrainedFeatureLoss','FunctionLoss'])
+def test_an_abstract_loss_is_no_method(name):
+    with pytest.raises(ValueError, match='There is no method'): method(name)
+
+@pytest.mark.parametrize('kwargs', [dict(epochs=0), dict(epochs=1.), dict(schedule=3), dict(weight='much'),
+    dict(weight=None, label_weight=-1), dict(weight=object())])
+def test_an_object_with_settings_that_make_no_sense(kwargs):
+    with pytest.raises(ValueError, match='^mine: '): Method('mine', SoftTarget, **kwargs)
+
 def test_what_an_argument_could_be_is_said():
     with pytest.raises(ValueError, match="no argument 'temperature'; it takes T, standardize, weight"): method('soft(temperature=3)')
     with pytest.raises(ValueError, match="no argument 'T'; it takes epochs"): method('none(T=3)')
@@ -131,6 +159,42 @@ def test_a_name_cannot_stand_for_something_else_than_it_says():
     assert as_methods({'soft': method('soft')})[0].settings() == method('soft').settings()
     for o in {'soft': SoftTarget(T=9)}, {'none': SoftTarget()}, Method('fitnet', FitNet, 0.5):
         with pytest.raises(ValueError, match='another name'): as_methods(o)
+
+class Weighted(torch.nn.Module):
+    "A loss of a user that holds anything"
+    def __init__(self, held): super().__init__(); self.held = held
+    def forward(self, pred, teacher_pred): return (pred-teacher_pred).square().mean()
+
+def recursive():
+    def f(n): return f(n-1) if n else 0
+    return f
+
+def itself(x):
+    loss = Weighted(x)
+    loss.__dict__['me'] = loss
+    return loss
+
+@pytest.mark.parametrize('a,b', [(np.ones(3),np.arange(3.)), (np.float32(1),np.float32(9)), (np.int64(1),np.int64(9)), (np.bool_(0),np.bool_(1)),
+    (b'a',b'b'), (range(1),range(9)), ([1.],[2.]),
+    (torch.ones(3),torch.zeros(3)), (torch.ones(3),torch.ones(3).bfloat16()), (Path('a'),Path('b')), (pd.Series([1]),pd.Series([2])),
+    (pd.DataFrame({'a': [1]}),pd.DataFrame({'a': ['x']})),
+    ({1,2},{1,3}), ({'a': [1]},{'a': [2]}), (np.array([1,'x'],object),np.array([1,'y'],object)), (recursive(),3), (itself(1),itself(2)),
+    (np,torch)], ids=lambda o: type(o).__name__)
+def test_losses_that_hold_something_else_have_other_settings(a, b):
+    settings = [Method('mine', Weighted(o)).settings() for o in (a,a,b)]
+    assert settings[0] == settings[1] != settings[2] and json.dumps(settings)
+
+def test_arguments_of_a_loss_are_in_its_settings():
+    texts = [Method('mine', l).settings()['loss'][0] for l in (FitNet(), FitNet(bn=False), FitNet(layers=[('0','1')]), SoftTarget(T=3), RKD(distance=1))]
+    assert len(set(texts)) == 5 and texts[0] == 'FitNet()' and texts[3] == 'SoftTarget(T=3)'
+
+def test_a_loss_of_a_user_has_the_same_settings_in_another_process():
+    code = ("import sys, json; sys.path.insert(0, sys.argv[1]); from test_methods import *; "
+            "print(json.dumps(Method('mine', itself([{'b','a','c'}, np.ones(3), Path('x'), recursive(), torch.nn.Linear(2, 2)])).settings()))")
+    env = {**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1])}
+    command = [sys.executable, '-W', 'ignore', '-c', code, Path(__file__).parent]
+    said = [subprocess.run(command, env=env | {'PYTHONHASHSEED': seed}, capture_output=True, text=True).stdout for seed in '12']
+    assert said[0] == said[1] and json.loads(said[0])['loss'][0].startswith('Weighted')
 
 def test_settings_are_the_same_in_every_process():
     text = json.dumps([Method('mine', SoftTarget(T=SchedCos(2, 4)), schedule=lambda p: 1.).settings(), method('dkd').settings()])

@@ -1,5 +1,5 @@
 "The recipes: data without leaks, networks of the sources' sizes, settings of the sources"
-import random
+import random, shutil
 import numpy as np, pytest, torch
 from PIL import Image
 from torch import nn
@@ -134,6 +134,70 @@ def test_cats_are_capitalized(pets_folder):
     xs = {R._short_side(f).numpy().tobytes() for f in (pets_folder/'images').glob('Bengal*')}
     parts = R.pets_data(pets_folder)
     for images,y in (parts.train,parts.test): assert [x.numpy().tobytes() in xs for x in images] == [bool(o) for o in y]
+
+def photographs(root, **folders):
+    "Images in folders, of the names that are given"
+    for i,(folder,names) in enumerate(folders.items()):
+        for j,name in enumerate(names): image(root/folder/name, (64,70), [i,j])
+    return root
+
+def numbered(name, n=20): return [f'{name}_{i}.jpg' for i in range(n)]
+
+@pytest.mark.parametrize('names', [('x','y'), ('X','Y'), ('IMG','IMG')])
+def test_folders_are_classes_if_names_say_nothing(names, tmp_path):
+    parts = R.pets_data(photographs(tmp_path, a=numbered(names[0], 30), b=numbered(names[1], 10)))
+    assert parts.name == f'local photographs of a and b ({tmp_path.name})'
+    ys = torch.cat([p[1] for p in (parts.train,parts.valid,parts.test)])
+    assert ys.bincount().tolist() == [30,10] and parts.train[1].bincount().min() > 0 and parts.test[1].bincount().min() > 0
+
+def test_folders_that_contradict_their_names(tmp_path):
+    "a scheme such as IMG_1 and photo_1 says nothing of cats; names of breeds do, in whatever folders they are"
+    mixed = R.pets_data(photographs(tmp_path/'schemes', a=numbered('IMG', 10)+numbered('photo', 10), b=numbered('photo', 20)))
+    assert mixed.train[1].bincount().tolist() == [15,15] and 'a and b' in mixed.name
+    folders = dict(train=numbered('Maine_Coon', 15)+numbered('beagle', 15), test=numbered('Bengal', 5)+numbered('great_pyrenees', 5))
+    breeds = R.pets_data(photographs(tmp_path/'breeds', **folders))
+    assert breeds.train[1].bincount().tolist() == [15,15] and 'cats and dogs' in breeds.name
+
+@pytest.mark.parametrize('folders,words', [(dict(images=numbered('beagle', 40)),'one kind'), (dict(a=numbered('x', 40)),'one kind'),
+    (dict(a=numbered('x'), b=numbered('x'), c=numbered('x')),'3 folders'),
+    (dict(a=numbered('x', 40), b=numbered('y', 3)),'and 3 of the other'), (dict(a=numbered('x', 10), b=numbered('y', 10)),'40')])
+def test_photographs_that_cannot_be_two_classes(folders, words, tmp_path):
+    with pytest.raises(MissingData, match=words) as e: R.pets_data(photographs(tmp_path, **folders))
+    assert '\n' not in str(e.value)
+
+@pytest.mark.parametrize('damage', [lambda b: b[:len(b)//2], lambda b: b'', lambda b: b'no image at all'], ids=['truncated','empty','text'])
+@pytest.mark.parametrize('suffix', ['.jpg','.png'])
+def test_a_damaged_photograph_is_named(damage, suffix, tmp_path):
+    photographs(tmp_path, images=[f'{n}_{i}{suffix}' for n in ('Bengal','beagle') for i in range(20)])
+    file = tmp_path/'images'/f'beagle_7{suffix}'
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(MissingData, match=f'beagle_7{suffix} cannot be read as an image') as e: R.pets_data(tmp_path)
+    assert '\n' not in str(e.value)
+
+def test_a_damaged_folder_of_cifar10(cifar_folder, tmp_path):
+    def copy(name):
+        shutil.copytree(cifar_folder/'cifar10', tmp_path/name)
+        return tmp_path/name
+    truncated,size,single,empty = map(copy, 'abcd')
+    (truncated/'train'/'bird'/'0.png').write_bytes(b'no image')
+    image(size/'test'/'bird'/'1.png', (16,16), 0)
+    for part in 'train','test': shutil.rmtree(single/part/'bird')
+    for f in empty.glob('test/*/*'): f.unlink()
+    for folder,words in (truncated,'cannot be read as an image'),(size,'1.png.*16x16|1.png'),(single,'one class'),(empty,'no images'):
+        with pytest.raises(MissingData, match=words) as e: R.cifar10_data(folder)
+        assert '\n' not in str(e.value)
+
+def test_damaged_files_of_mnist(tmp_path):
+    raw = tmp_path/'MNIST'/'raw'
+    raw.mkdir(parents=True)
+    for name in 'train-images-idx3','train-labels-idx1','t10k-images-idx3','t10k-labels-idx1': (raw/f'{name}-ubyte').write_bytes(b'no digits')
+    with pytest.raises(MissingData, match='--data') as e: R.mnist_data(tmp_path)
+    assert '\n' not in str(e.value)
+
+def test_a_sample_is_from_all_over_the_data():
+    parts = R.digits_data().sample(16)
+    assert [len(p[1]) for p in (parts.train,parts.valid,parts.test)] == [16]*3 and parts.train[0].shape == (16,1,8,8)
+    assert len(R.digits_data().sample(10**6).train[1]) == 400
 
 @pytest.mark.parametrize('name', ['mnist','cifar10','cifar10-tutorial','pets'])
 def test_missing_data_are_one_sentence_with_the_cure(name, tmp_path):

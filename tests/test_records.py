@@ -1,11 +1,17 @@
 "Finished runs in a file, and what they are known by"
 import json
 from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
 import pytest, torch
 from fastai.callback.mixup import MixUp
 from fastkd.experiments.records import Results, fingerprint, model_layout, named_function, provenance, same_settings
 
-def run(method='soft', seed=0, comparison='c', **more): return dict(comparison=comparison, method=method, seed=seed, **more)
+#: what a run has besides its comparison, its method and its seed
+rest = dict(accuracy=0.5, parameters=7, seconds=[1.], log=dict(accuracy=[0.5]), data=['blobs',1,1,1,'x'], settings=dict(fit=dict(epochs=1), method={}),
+    teacher=dict(accuracy=0.9, parameters=70, checksum='t'), teacher_fit=dict(epochs=1), device='cpu', versions=dict(torch='2'))
+
+def run(method='soft', seed=0, comparison='c', **more): return dict(comparison=comparison, method=method, seed=seed, **rest, **more)
 
 def written(path, *runs):
     results = Results(path/'results.jsonl')
@@ -42,7 +48,50 @@ def test_a_torn_line_is_not_read_and_cut_off(torn, tmp_path):
 def test_a_damaged_line_is_named(tmp_path):
     results = written(tmp_path, run())
     results.path.write_bytes(results.path.read_bytes() + b'{"comparison": \n')
-    with pytest.raises(ValueError, match='Line 2 of .* is not JSON'): results.read()
+    with pytest.raises(ValueError, match='Line 2 of .* is not the record of a run'): results.read()
+
+@pytest.mark.parametrize('line', ['{}', '[]', 'null', '5', '"x"', 'NaN', '', '{"key": "a"}', '{"key":"a","comparison":"c","teacher":{}}', '['*10**5, '\xff',
+    *[json.dumps({k: v for k,v in run().items() if k != lost}) for lost in ('method','seed','accuracy','seconds','log','settings','teacher','device')],
+    *[json.dumps(run() | odd) for odd in (dict(accuracy='0.5'), dict(accuracy=None), dict(seconds=[]), dict(teacher=[]), dict(log={}), dict(seed=None))]])
+def test_a_line_that_is_no_run_is_named(line, tmp_path):
+    results = written(tmp_path, run())
+    results.path.write_bytes(results.path.read_bytes() + line.encode('latin1') + b'\n')
+    with pytest.raises(ValueError, match='Line 2 of .*: remove that line') as e: results.read()
+    assert '\n' not in str(e.value)
+
+def test_a_whole_last_line_without_its_newline_is_kept(tmp_path):
+    results = written(tmp_path, run(), run(seed=1))
+    results.path.write_bytes(results.path.read_bytes().rstrip(b'\n'))
+    assert results.read() == [run(), run(seed=1)]
+    results.append(run(seed=2))
+    assert results.read() == [run(), run(seed=1), run(seed=2)] and results.path.read_bytes().count(b'\n') == 3
+
+def append_many(me, path):
+    for i in range(100): Results(path).append(run(f'{me}', i, pad='y'*20_000))
+
+def test_processes_append_to_one_file_and_no_row_is_lost(tmp_path):
+    "also if the file ends with a torn line when they start"
+    path = tmp_path/'results.jsonl'
+    path.write_bytes(b'{"comparison": "c", "meth')
+    processes = [get_context('fork').Process(target=append_many, args=(i, path)) for i in range(4)]
+    for p in processes: p.start()
+    for p in processes: p.join()
+    assert not any(p.exitcode for p in processes)
+    assert {(r['method'],r['seed']) for r in Results(path).lines()} == {(f'{i}',j) for i in range(4) for j in range(100)}
+    assert len(path.read_bytes().splitlines()) == 400 and [f.name for f in tmp_path.iterdir()] == ['results.jsonl']
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path/'file').write_text('')
+    (tmp_path/'folder'/'results.jsonl').mkdir(parents=True)
+    for folder in tmp_path/'file',tmp_path/'file'/'deeper',Path('/proc/nope'),Path('/dev/full'),tmp_path/'folder':
+        with pytest.raises(ValueError, match='cannot be written.*another folder') as e: Results(folder/'results.jsonl').check_writable()
+        assert '\n' not in str(e.value)
+    Results(tmp_path/'new'/'er'/'results.jsonl').check_writable()
+    assert not list((tmp_path/'new'/'er').iterdir())
+    with pytest.raises(ValueError, match='cannot be read'): Results(tmp_path/'folder'/'results.jsonl').read()
+
+@pytest.mark.parametrize('file', sorted((Path(__file__).parents[1]/'nbs'/'tutorials'/'results').glob('*.jsonl')), ids=lambda f: f.name)
+def test_every_committed_result_is_read(file): assert len(list(Results(file).lines())) == len(file.read_text().splitlines()) > 0
 
 def test_a_model_is_known_by_its_layout():
     state = torch.get_rng_state()

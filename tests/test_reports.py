@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from fastkd.experiments import reports
 from fastkd.experiments.records import Results
-from fastkd.experiments.reports import caption, chart, curves, epochs_to_baseline, holm, markdown, paired, table
+from fastkd.experiments.reports import caption, chart, curves, epochs_to_baseline, holm, markdown, paired, plain_table, table
 
 results = Path(__file__).parents[1]/'nbs'/'tutorials'/'results'
 
 def made(**accuracies):
     "Runs with given accuracies in %"
-    return pd.DataFrame([dict(comparison='c', method=m, seed=s, accuracy=a/100, parameters=7,
+    return pd.DataFrame([dict(comparison='c', method=m, seed=s, accuracy=a/100, parameters=7, data=['three blobs',60,30,90,'x'],
         settings=dict(fit=dict(epochs=3), method=dict(loss=[m], weight=[0.5])),
         seconds=[1.,1.,2.] if m == 'none' else [7.,1.,1.], log=dict(accuracy=[0.1,0.2,a/100]), teacher=dict(accuracy=0.9, parameters=70, checksum='t'))
         for m,accs in accuracies.items() for s,a in enumerate(accs)])
@@ -94,6 +94,17 @@ def test_markdown_is_a_table():
     assert len(lines) == 5 and len({line.count('|') for line in lines}) == 1
     assert '+1.50' in lines[4] and '56.50 ± 7.78' in lines[4] and 'student alone' in lines[3]
 
+@pytest.mark.parametrize('names', [('a',), ('soft(T=7,weight=0.7)','a'),
+    ('soft(T=4,weight=0.5,label_weight=0.5)+fitnet(weight=100,layers={"layer1":"0.4"})+' + 'attention(weight=1)'*3,)])
+def test_the_table_of_a_terminal_fits_80_columns(names):
+    runs = made(none=[50.,60.,100.], **{n: [1.,62.,0.] for n in names})
+    runs = runs[~((runs.method == 'none') & (runs.seed == 1))]  # two pairs
+    text = plain_table(table(runs))
+    assert max(map(len, text.splitlines())) <= 80
+    for words in (*names,'student alone','teacher','75.00 ± 35.36','-74.50','(2 pairs)','p (Holm)','difference: points, to the student alone'):
+        assert ''.join(words.split()) in ''.join(text.split()), text
+    assert 'relative to a.' in ' '.join(plain_table(table(made(a=[50.], none=[50.]), 'a')).split())
+
 def test_epochs_to_the_baseline():
     assert epochs_to_baseline(made(none=[50.], a=[50.])).loc['a','passed'] == 0  # reached, not passed
     runs = made(none=[50.], a=[60.,40.])
@@ -103,7 +114,8 @@ def test_epochs_to_the_baseline():
     assert list(early.index) == ['none','a'] and early.loc['none'].tolist() == [3,1,1,2]
     with pytest.raises(ValueError, match='no runs of the baseline'): epochs_to_baseline(runs, 'b')
 
-@pytest.mark.parametrize('name,method,difference,low,high,significant', [('digits','dist',1.84,1.09,2.59,True), ('mnist','dkd',-1.65,-2.54,-0.76,True),
+@pytest.mark.parametrize('name,method,difference,low,high,significant', [('digits','dist',1.84,1.09,2.59,True),
+    ('mnist','dkd',-1.65,-2.54,-0.76,True),
     ('cifar10','fitnet',3.97,3.81,4.13,True), ('pets-scratch','attention-paper',7.25,3.47,11.03,False)])
 def test_results_of_version_01_give_the_same_table(name, method, difference, low, high, significant):
     "the figures of the README"
@@ -138,3 +150,31 @@ def test_charts(tmp_path, monkeypatch):
     assert sorted(a.lines[0].get_xdata()) == [50,60]
     many = made(**{f'method{i}': [50.] for i in range(23)})
     for ax in curves(many).axes: assert len({(line.get_color(), line.get_linestyle()) for line in ax.lines}) == 23
+
+def drawn(fig):
+    "What is written around the plots of a figure: `(text, box)`, and the boxes of the plots"
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    FigureCanvasAgg(fig).draw()
+    texts = [fig._suptitle, *[t for legend in fig.legends for t in legend.get_texts()]]
+    for ax in fig.axes:
+        (left,right),(low,high) = ax.get_xlim(),sorted(ax.get_ylim())
+        texts += [ax.xaxis.label, ax.yaxis.label, *ax.texts]
+        texts += [l for l in ax.get_xticklabels() if left <= l.get_position()[0] <= right]
+        texts += [l for l in ax.get_yticklabels() if low <= l.get_position()[1] <= high]
+    shown = [t for t in texts if t is not None and t.get_visible() and t.get_text()]
+    return [(t.get_text(), t.get_window_extent()) for t in shown], [ax.get_window_extent() for ax in fig.axes]
+
+@pytest.mark.parametrize('draw', [chart,curves])
+@pytest.mark.parametrize('names', [('a',), [f'soft(T={i},weight=0.{i}5,label_weight=0.5)' for i in range(9)], [f'method{i}' for i in range(23)]], ids=len)
+def test_nothing_in_a_chart_is_cut_or_covered(draw, names):
+    fig = draw(made(none=[50.,60.], **{n: [51.,62.] for n in names}))
+    texts,plots = drawn(fig)
+    assert {'three blobs','student alone',*names} <= {t for t,_ in texts}
+    for text,box in texts: assert -1 <= box.x0 and box.x1 <= fig.bbox.x1+1 and -1 <= box.y0 and box.y1 <= fig.bbox.y1+1, text
+    for plot in plots: assert plot.width > 150 and not [t for t,box in texts if box.overlaps(plot)]
+
+def test_epochs_are_whole_numbers_and_one_epoch_is_seen():
+    runs = made(none=[50.], a=[60.])
+    for ax in curves(runs).axes[:1]: assert all(float(t).is_integer() for t in ax.get_xticks())
+    runs['log'],runs['seconds'] = [[dict(accuracy=[0.5])]*2,[[1.]]*2]
+    assert all(line.get_marker() == 'o' for ax in curves(runs).axes for line in ax.lines)

@@ -4,16 +4,19 @@
 
 # %% ../../nbs/06a_records.ipynb #rec00004
 from __future__ import annotations
-import hashlib, json, os, platform, re, subprocess
+import hashlib, json, os, platform, re, subprocess, tempfile
 from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 import torch
 import fastkd
 from fastcore.basics import patch
+try: import fcntl
+except ImportError: import msvcrt  # Windows
 
 # %% auto #0
-__all__ = ['fingerprint', 'model_layout', 'named_function', 'Results', 'same_settings', 'provenance']
+__all__ = ['run_fields', 'fingerprint', 'model_layout', 'named_function', 'has_fields', 'parse_run', 'Results', 'same_settings',
+           'provenance']
 
 # %% ../../nbs/06a_records.ipynb #rec00007
 def fingerprint(o) -> str:
@@ -42,33 +45,86 @@ def named_function(
     if name not in (None,'<lambda>'): return name
     raise ValueError(f"Finished runs are found by the names of the functions that they used, but {o!r} has none: define a function with `def`.")
 
+# %% ../../nbs/06a_records.ipynb #rec00027
+#: the fields of a run that tables and charts read, with values of their types
+run_fields = dict(comparison='', method='', seed=0, accuracy=0., parameters=0, seconds=[0.], log=dict(accuracy=[]), data=['',0,0,0,''],
+    settings=dict(fit=dict(epochs=0), method={}), teacher=dict(accuracy=0., parameters=0, checksum=''), teacher_fit=dict(epochs=0),
+    device='', versions=dict(torch=''))
+
+def has_fields(
+    o, # Anything that JSON can hold
+    fields # Fields that are required, with values of their types
+) -> bool:
+    "Does `o` have all the `fields`, with values of the same types?"
+    if isinstance(fields, dict): return isinstance(o, dict) and all(k in o and has_fields(o[k], v) for k,v in fields.items())
+    if isinstance(fields, list): return isinstance(o, list) and len(o) >= len(fields) and all(map(has_fields, o, fields))
+    return isinstance(o, (int,float) if isinstance(fields, float) else type(fields))
+
+def parse_run(
+    line:bytes # A line of a file
+) -> dict|None:
+    "The run in a line; `None` if it holds none."
+    try: run = json.loads(line)
+    except (ValueError,RecursionError): return None
+    return run if has_fields(run, run_fields) else None
+
+# %% ../../nbs/06a_records.ipynb #rec00030
+def _lock(file):
+    "Wait until no other process has locked `file`; closing it frees the lock"
+    if 'fcntl' in globals(): return fcntl.flock(file, fcntl.LOCK_EX)
+    file.seek(2**40)  # on Windows a lock keeps others from reading, so a byte is locked that no file reaches
+    msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+
+def _end_last_line(file):
+    "Give the last line its newline if it is whole, else remove it"
+    file.seek(0)
+    data = file.read()
+    start = data.rfind(b'\n') + 1
+    if start == len(data): return
+    if parse_run(data[start:]) is None: file.truncate(start)
+    else: file.write(b'\n')
+
 # %% ../../nbs/06a_records.ipynb #rec00015
 class Results:
-    "Finished runs in a file, one line of JSON each, written whole or not at all."
+    "Finished runs in a file, one line of JSON each, written whole or not at all; several processes may append to it."
     def __init__(self,
         path # The file
     ): self.path = Path(path)
 
     def append(self, run:dict):
         "Write `run` at the end."
+        line = (json.dumps(run)+'\n').encode()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(self.path, os.O_RDWR|os.O_CREAT|os.O_APPEND, 0o644)
-        try:
-            data = self.path.read_bytes()
-            if data and not data.endswith(b'\n'): os.ftruncate(fd, data.rfind(b'\n')+1)
-            os.write(fd, (json.dumps(run)+'\n').encode())
-            os.fsync(fd)
-        finally: os.close(fd)
+        with open(self.path, 'a+b') as file:
+            _lock(file)
+            _end_last_line(file)
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+# %% ../../nbs/06a_records.ipynb #rec00032
+@patch
+def check_writable(self:Results):
+    "Make the folder, and raise `ValueError` if no run can be kept there."
+    folder = self.path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder): pass
+        if self.path.exists(): self.path.open('ab').close()
+    except OSError as e:
+        raise ValueError(f"Results cannot be written to {folder} ({e.strerror}): give another folder with `--out` (`out=` in Python).") from None
 
 # %% ../../nbs/06a_records.ipynb #rec00016
 @patch
 def lines(self:Results):
-    "Every run that was written whole, in order."
+    "Every run that was written whole, in order. Raises `ValueError` for a line that is no run."
     if not self.path.exists(): return
-    for i,line in enumerate(self.path.read_bytes().splitlines(keepends=True), 1):
-        if not line.endswith(b'\n'): continue
-        try: yield json.loads(line)
-        except ValueError: raise ValueError(f"Line {i} of {self.path} is not JSON: remove that line, or the file.") from None
+    try: lines = self.path.read_bytes().splitlines(keepends=True)
+    except OSError as e: raise ValueError(f"{self.path} cannot be read ({e.strerror}).") from None
+    for i,line in enumerate(lines, 1):
+        run = parse_run(line)
+        if run is not None: yield run
+        elif line.endswith(b'\n'): raise ValueError(f"Line {i} of {self.path} is not the record of a run: remove that line, or the file.")
 
 # %% ../../nbs/06a_records.ipynb #rec00018
 @patch
@@ -78,7 +134,7 @@ def read(self:Results) -> list:
     for run in self.lines():
         same = runs.setdefault((run['comparison'], run['method'], run['seed']), {})
         if 'key' not in run: same.clear()
-        same[run.get('key')] = run
+        same[str(run.get('key'))] = run
     return [run for same in runs.values() for run in same.values()]
 
 @patch

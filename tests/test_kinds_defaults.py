@@ -217,6 +217,25 @@ def test_other_words_are_an_error():
         if i: # of a text classifier: words and classes
             with pytest.raises(ValueError, match='word vocabularies'): learner(a, LM(), loss_func=CrossEntropyLossFlat()).fit(1, cbs=KD(Learner(b, LM(), CrossEntropyLossFlat()), SoftTarget))
 
+def test_test_time_augmentation_inside_a_fit_and_outside():
+    "`tta` runs no teacher, and the fit goes on"
+    class Spy(nn.Module):
+        def __init__(self): super().__init__(); self.m,self.n = cnn(),0
+        def forward(self, x): self.n += 1; return self.m(x)
+    class Late(Callback):
+        order = 70
+        def after_epoch(self):
+            kept = {k: getattr(self.learn, k) for k in ('xb','yb','pred','loss','dl','epoch','n_epoch')}
+            if self.epoch == 0: self.learn.tta(n=2)
+            for k,v in kept.items(): setattr(self.learn, k, v)
+    t = Spy()
+    learn,kd = quiet(photos(), cnn(seed=2)),KD(t, SoftTarget)
+    learn.fit(2, .1, cbs=[kd, Late()])
+    assert t.n == 4 and kd.curves['steps'] == [2,4] and not learn.metrics
+    learn.add_cb(kd)
+    learn.tta(n=2)
+    assert t.n == 4 and kd.session is None and not hooks(learn.model)
+
 # losses and weights by default
 
 @pytest.mark.parametrize('loss_func,target,right', [(CrossEntropyLossFlat(), y, SoftTarget), (F.cross_entropy, y, SoftTarget), (BCEWithLogitsLossFlat(), yes, BinarySoftTarget), (MSELossFlat(), draw(32,4), Logits),

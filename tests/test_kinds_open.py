@@ -14,7 +14,7 @@ from fastkd.all import *
 from conftest import batches, hooks, learner, net, same, weights
 from test_kinds_axes import KD, Heads, Shaped, by_hand, conv, data, draw, kd_loss, models, y_map
 from test_kinds_defaults import cnn, photos, quiet
-from test_kinds_faults import interrupted, each_line, cleaning
+from test_kinds_faults import cleaning, each_line, interrupted, lines_of
 from test_kinds_fit import Inside, TooMany, fit_kept, kl, lin
 from test_kinds_layouts import Net as LayoutNet
 from test_kinds_teachers import Net, by_itself, modes, student, teacher_activations
@@ -305,6 +305,21 @@ def test_a_teacher_whose_recorded_metric_is_far_from_what_it_makes_of_these_data
     dls.add_tfms([Normalize.from_stats([5.]*3, [.1]*3, cuda=False)], 'after_batch')
     with pytest.warns(UserWarning, match='accuracy'): quiet(dls, cnn(seed=2), metrics=accuracy).fit(1, 0., cbs=KD(teacher, SoftTarget))
 
+def test_classes_that_no_loss_looks_at():
+    "Losses on activations know no classes; the refusal of unknown classes itself advises them"
+    other = photos()
+    other.vocab = ['a','b','c']
+    teacher = Learner(other, cnn())
+    for loss in (Attention, FitNet): quiet(photos(), cnn(seed=2)).fit(1, 0., cbs=KD(teacher, loss, '0', '0'))
+
+@pytest.mark.parametrize('normalize', [.5, ([.5]*2,[.5]*2), ([.5]*3,), [.5,.5,.5]])
+def test_statistics_that_are_none(normalize):
+    with pytest.raises((TypeError,ValueError), match='normalize'): quiet(photos(), cnn(seed=2)).fit(1, 0., cbs=KD(Teacher(cnn(), normalize=normalize), SoftTarget))
+
+def test_more_names_than_classes():
+    "A name for each logit"
+    with pytest.raises(ValueError, match='vocab'): quiet(photos(), cnn(seed=2)).fit(1, 0., cbs=KD(Teacher(cnn(), vocab=['dark','mixed','light','more']), SoftTarget))
+
 # Ctrl-C where a context is left, or while it cleans up
 
 @pytest.mark.filterwarnings('ignore')
@@ -312,7 +327,8 @@ def test_a_teacher_whose_recorded_metric_is_far_from_what_it_makes_of_these_data
 def test_ctrl_c_where_contexts_are_left(kind):
     "At the last line of a context the next fit, at the latest, takes back what is left"
     found = {}
-    for l,at in each_line(kind).items():
+    last = {l: i for i,l in enumerate(lines_of(kind))}
+    for l,at in [*each_line(kind).items(), *last.items()]:  # a context's own line runs again when it is left
         if l.split()[-1] not in {'eval_when_called','recording','undisturbed','evaluating'}: continue
         try: what,_ = interrupted(kind, at)
         finally:
@@ -332,3 +348,35 @@ def test_ctrl_c_in_the_cleaning_up(kind):
         except BaseException as e: what = [f'{type(e).__name__}: {e}']
         if what: found[l] = what
     assert not found
+
+# a peer under DistributedDataParallel
+
+peers = '''
+import sys, torch, warnings; warnings.filterwarnings('ignore')
+import torch.nn.functional as F
+from fastai.distributed import *
+from fastai.basics import rank_distrib
+from fastkd.all import *
+from conftest import batches, learner, weights
+from distributed_worker import broadcast, plain_net
+DistributedDL._broadcast = broadcast
+dls = batches(n=24, bs=4, shuffle=False)
+learn,peer = learner(dls, plain_net(1)),learner(dls, plain_net(2))
+with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(1, cbs=KnowledgeDistillationCallback(PeerTeacher(peer), Mutual))
+torch.save([weights(learn.model), weights(peer.model)], f'{sys.argv[1]}/rank{rank_distrib()}.pth')
+'''
+
+def test_two_processes_have_one_peer(tmp_path):
+    "The peer's gradients are averaged as the student's are"
+    import os, subprocess, sys
+    from pathlib import Path
+    pytest.importorskip('accelerate')
+    from test_distributed import free_port
+    (tmp_path/'worker.py').write_text(peers)
+    here = Path(__file__).parent
+    env = {**os.environ, 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port()), 'ACCELERATE_USE_CPU': 'true', 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([str(here), os.environ.get('PYTHONPATH') or str(here.parent)])}
+    ranks = [subprocess.Popen([sys.executable, tmp_path/'worker.py', tmp_path], env={**env, 'RANK': str(r), 'LOCAL_RANK': str(r)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(2)]
+    said = [r.communicate(timeout=240)[0] for r in ranks]
+    assert all(r.returncode == 0 for r in ranks), '\n'.join(said)
+    (sa,pa),(sb,pb) = [torch.load(tmp_path/f'rank{r}.pth') for r in range(2)]
+    for a,b in ((sa,sb),(pa,pb)): assert max((a[k]-b[k]).abs().max().item() for k in a) < 1e-6

@@ -1,12 +1,12 @@
 "What is right by default: the epoch table, vocabularies, normalization, weights, the start line"
-import copy, math, re, warnings
+import copy, math, warnings
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from torch import nn
 from functools import partial
 from fastai.basics import (AccumMetric, AvgMetric, Callback, CrossEntropyLossFlat, BCEWithLogitsLossFlat, MSELossFlat, DataLoader, DataLoaders, IndexSplitter, DataBlock, CategoryBlock,
-                           MultiCategoryBlock, Learner, SGD, load_learner, skm_to_fastai, rank_distrib)
-from fastai.metrics import (F1Score, JaccardCoeff, DiceMulti, Perplexity, R2Score, RocAucBinary, accuracy, accuracy_multi, error_rate, foreground_acc, mse, rmse, top_k_accuracy)
+                           MultiCategoryBlock, Learner, SGD, load_learner, skm_to_fastai)
+from fastai.metrics import (F1Score, DiceMulti, Perplexity, R2Score, RocAucBinary, accuracy, accuracy_multi, error_rate, foreground_acc, mse, rmse, top_k_accuracy)
 from fastai.callback.schedule import SchedCos, SchedLin
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.callback.training import ShortEpochCallback
@@ -14,7 +14,6 @@ from fastai.callback.mixup import MixUp
 from fastai.data.transforms import Normalize
 from fastai.vision.data import ImageBlock
 from fastkd.all import *
-from fastkd import layers
 from conftest import batches, hooks, learner, net, same, weights
 from test_kinds_axes import KD, by_hand, data, draw, kd_loss
 
@@ -31,8 +30,11 @@ class Maps(nn.Module):
 
 xm,ym = draw(32,2,6,5),draw(32,6,5, classes=4)
 yes = (draw(32,4) > 0).float()
+def balanced(y, p):
+    from sklearn.metrics import balanced_accuracy_score
+    return balanced_accuracy_score(y, p)
 cases = dict(
-    classes=(data(x, y), lambda: lin(), CrossEntropyLossFlat(), [accuracy, error_rate, partial(top_k_accuracy, k=2), F1Score(average='macro')], None),
+    classes=(data(x, y), lambda: lin(), CrossEntropyLossFlat(), [accuracy, error_rate, partial(top_k_accuracy, k=2), F1Score(average='macro'), skm_to_fastai(balanced, axis=-1)], None),
     probabilities=(data(x, y % 2), lambda: lin(n=2), CrossEntropyLossFlat(), [RocAucBinary(), AccumMetric(accuracy, flatten=False)], None),
     multi_label=(data(x, yes), lambda: lin(), BCEWithLogitsLossFlat(), [accuracy_multi, partial(accuracy_multi, thresh=.3)], None),
     regression=(data(x, draw(32,4)), lambda: lin(), MSELossFlat(), [mse, rmse, R2Score()], None),
@@ -178,6 +180,15 @@ def test_an_ensemble_is_mapped_model_by_model():
     learn.fit(1, 0., cbs=kd)
     right = (s(plain) - (ta(plain) + tb(plain)[:,[1,2,0]])/2).square().mean().item()
     assert kd.curves['train']['kd_loss'][0] == pytest.approx(right, rel=1e-4)
+
+def two_labels(i): return [label(i), 'x']
+def test_yes_and_no_labels_are_mapped_too():
+    def dls(vocab): return DataBlock((ImageBlock, MultiCategoryBlock(vocab=vocab)), get_x=picture, get_y=two_labels, splitter=IndexSplitter(range(16,24))).dataloaders(list(range(24)), bs=8, shuffle=False, num_workers=0, device='cpu')
+    s,t = cnn(4, 2),cnn(5)
+    kd = KD(Learner(dls(['x','light','mixed','dark','z']), t), BinarySoftTarget)
+    quiet(dls(['dark','light','mixed','x']), s).fit(1, 0., cbs=kd)
+    right = BinarySoftTarget()(s(plain), t(plain)[:,[3,1,2,0]])
+    assert kd.curves['train']['kd_loss'][0] == pytest.approx(float(right), rel=1e-4)
 
 @pytest.mark.parametrize('mine,theirs', [(None,stats), (stats,None), (stats,([.1]*3,[.7]*3)), (None,None)])
 @pytest.mark.parametrize('how', ['learner','normalize=','disk'])

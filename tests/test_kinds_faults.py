@@ -1,5 +1,5 @@
 "Nothing is left behind, wherever a fit ends: Ctrl-C at any line, errors at any event, with losses that have parameters and teachers that are moved"
-import functools, os, sys, warnings
+import functools, os, sys
 import pytest, torch
 from torch import nn
 from fastai.basics import Callback, CancelFitException, set_seed

@@ -1,5 +1,5 @@
 "What goes on around a batch: labels that are missing, other people's callbacks and fits, gradients that are cut"
-import contextlib, copy, importlib, math, pickle, warnings
+import contextlib, copy, math, pickle, warnings
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from torch import nn
@@ -7,13 +7,12 @@ from torch.utils.data import DataLoader as TorchLoader, TensorDataset
 from torch.utils.checkpoint import checkpoint
 from functools import partial
 from fastcore.basics import patch_to
-from fastai.basics import Callback, CancelFitException, DataLoader, DataLoaders, Learner, SGD
+from fastai.basics import Callback, CancelFitException, DataLoaders, Learner, SGD
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.callback.schedule import SchedCos, SchedLin
 from fastai.callback.tracker import TerminateOnNaNCallback
-import fastkd.callback
 from fastkd.all import *
-from conftest import batches, hooks, learner, net, same, weights
+from conftest import hooks, learner, same, weights
 from test_kinds_axes import KD, by_hand, data, draw, kd_loss
 
 x,y = draw(32,5),draw(32, classes=4)
@@ -152,7 +151,6 @@ def test_a_callback_that_was_pickled_distils(how):
     ids=['fit','one_cycle','flat_cos','sgdr','fine_tune','start_epoch','one_cycle_start_epoch'])
 @pytest.mark.parametrize('loss,names', [(SoftTarget, ()), (FitNet, ('0','0'))])
 def test_every_way_to_fit_has_a_value_for_each_batch_trained(fit, loss, names):
-    class S(Learner): pass
     t,steps = nn.Sequential(lin(3)),[0]
     class Count(Callback):
         order = -100

@@ -4,8 +4,8 @@ import pytest, torch
 import torch.nn.functional as F
 from torch import nn
 from fastkd.all import *
-from conftest import hooks, learner
-from test_kinds_axes import KD, data, draw, kd_loss
+from conftest import learner
+from test_kinds_axes import KD, data, draw
 
 losses = [Attention, FitNet, Cosine, NST, RKD, PKT, Similarity, VID, ActivationBoundaries, ReviewKD, ChannelWiseFeatures]
 conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

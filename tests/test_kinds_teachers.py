@@ -5,9 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 from functools import partial
 from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders
-from fastai.data.transforms import Normalize
 from fastkd.all import *
-from conftest import batches, hooks, learner, same, weights
+from conftest import hooks, learner, same, weights
 from test_kinds_axes import KD, by_hand, data, draw, kd_loss
 
 x,y = draw(16,5),draw(16, classes=4)

@@ -51,7 +51,12 @@ class KnowledgeDistillationCallback(Callback):
             objective = self.objective or Objective(suited_loss(self.learn.loss_func), **self.weighting)
             self.session = Session(self.teacher, objective, self.named_pairs, self.task_settings, self.loss_state)
             self.session.open(self.learn)
+        elif self.learn.lock.locked(): self.session.enter_validation()
         self.session.depth += 1
+
+    def after_pred(self):
+        "Take the student's hooks off"
+        if self.session is not None: self.session.unhook()
 
     def after_loss(self):
         "Join the terms to the learner's own loss"
@@ -66,6 +71,7 @@ class KnowledgeDistillationCallback(Callback):
         if self.session is None: return
         self.session.depth -= 1
         if not self.session.depth: self.close()
+        elif self.learn.lock.locked(): self.session.leave_validation()
 
     def close(self):
         "Take back all that a fit changed, however it ended"
@@ -76,7 +82,7 @@ class KnowledgeDistillationCallback(Callback):
             self.session.close()
             self.session = None
 
-# %% ../nbs/03_callback.ipynb #dec5bd61
+# %% ../nbs/03_callback.ipynb #80edacf9
 @patch(as_prop=True)
 def curves(self:KnowledgeDistillationCallback) -> dict:
     "`{'train': {term: a value for each batch}, 'weights': the same of its weight, 'steps': batches trained by the end of each epoch}`; empty before a fit."
@@ -89,13 +95,13 @@ def pairs(self:KnowledgeDistillationCallback) -> list:
     if self.session is not None: return self.session.all_pairs
     return (self.named_pairs or []) if self.result is None else self.result.pairs
 
-# %% ../nbs/03_callback.ipynb #2e4f240e
+# %% ../nbs/03_callback.ipynb #f1f0914d
 @patch
 def __repr__(self:KnowledgeDistillationCallback):
     if self.session is not None and self.session.task is not None: return self.session.describe()
     return f"Distilling from {self.teacher}: {self.objective or 'the loss that suits the learner'}" if self.result is None else self.result.description
 
-# %% ../nbs/03_callback.ipynb #67e7035f
+# %% ../nbs/03_callback.ipynb #554e45d9
 @patch(as_prop=True)
 def loss_state(self:KnowledgeDistillationCallback) -> dict:
     "What the parameters of losses start from: what was loaded, else where the last fit of the same student left them"
@@ -116,37 +122,45 @@ def load_state_dict(self:KnowledgeDistillationCallback, state:dict):
     self.loaded_state = state or None
 
 # %% ../nbs/03_callback.ipynb #1651b7fb
-_fit = Learner.fit
+def _original(f):
+    "What a patched method was before it was patched here, also if this module is loaded again"
+    return f.__wrapped__ if getattr(f, 'of_fastkd', False) else f
 
-@functools.wraps(_fit)
-def fit(self:Learner, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
-    kds = [cb for cb in L(cbs)+self.cbs if isinstance(cb, KnowledgeDistillationCallback)]
-    if len(kds) > 1:
-        raise ValueError("There are two distillation callbacks in this fit (or one both in the learner and in `fit(cbs=)`): "
-                         "give one, with a list of losses or of teachers.")
-    for kd in kds:
-        kd.close()  # what an earlier fit may have left open
-        kd.learn = self  # it may be in several learners
-        if reset_opt: kd.result = None
-    try:
-        with autocast_left(L(cbs)+self.cbs if kds else ()): return _fit(self, n_epoch, lr, wd, cbs, reset_opt, start_epoch)
-    finally:
-        for kd in kds: kd.close()
+def _distilling(original):
+    "`Learner.fit` that closes the session of a distillation, however the fit ends"
+    @functools.wraps(original)
+    def fit(self:Learner, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
+        kds = [cb for cb in L(cbs)+self.cbs if isinstance(cb, KnowledgeDistillationCallback)]
+        if len(kds) > 1:
+            raise ValueError("There are two distillation callbacks in this fit (or one both in the learner and in `fit(cbs=)`): "
+                             "give one, with a list of losses or of teachers.")
+        for kd in kds:
+            kd.close()  # what an earlier fit may have left open
+            kd.learn = self  # it may be in several learners
+            if reset_opt: kd.result = None
+        try:
+            with autocast_left(L(cbs)+self.cbs if kds else ()): return original(self, n_epoch, lr, wd, cbs, reset_opt, start_epoch)
+        finally:
+            for kd in kds: kd.close()
+    fit.of_fastkd = True
+    return fit
 
-Learner.fit = fit
+Learner.fit = _distilling(_original(Learner.fit))
 
-# %% ../nbs/03_callback.ipynb #9a7b1883
-_export = Learner.export
+# %% ../nbs/03_callback.ipynb #2eea1d10
+def _without_distillation(original):
+    "`Learner.export` that leaves the distillation out"
+    @functools.wraps(original)
+    def export(self:Learner, *args, **kwargs):
+        ours = [cb for cb in self.cbs if isinstance(cb, (KnowledgeDistillationCallback,Session))]
+        metrics,columns = self.metrics,[c for cb in ours if isinstance(cb, Session) for c in cb.columns]
+        for cb in ours:
+            if isinstance(cb, Session): cb.loss_params.leave()
+        try:
+            self.metrics = L(m for m in metrics if m not in columns)
+            with self.removed_cbs(ours): return original(self, *args, **kwargs)
+        finally: self.metrics = metrics
+    export.of_fastkd = True
+    return export
 
-@functools.wraps(_export)
-def export(self:Learner, *args, **kwargs):
-    ours = [cb for cb in self.cbs if isinstance(cb, (KnowledgeDistillationCallback,Session))]
-    metrics,columns = self.metrics,[c for cb in ours if isinstance(cb, Session) for c in cb.columns]
-    for cb in ours:
-        if isinstance(cb, Session): cb.loss_params.leave()
-    try:
-        self.metrics = L(m for m in metrics if m not in columns)
-        with self.removed_cbs(ours): return _export(self, *args, **kwargs)
-    finally: self.metrics = metrics
-
-Learner.export = export
+Learner.export = _without_distillation(_original(Learner.export))

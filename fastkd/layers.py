@@ -5,6 +5,7 @@
 # %% ../nbs/01_layers.ipynb #81ef67ae
 from __future__ import annotations
 import difflib, itertools, math
+from collections import deque
 from contextlib import contextmanager, ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -15,10 +16,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from fastcore.basics import patch
-from fastai.basics import Learner, no_random, to_device, tuplify
+from fastai.basics import Learner, no_random, to_device, tuplify, noop
 
 # %% auto #0
-__all__ = ['get_model_layers', 'state_of', 'same_state']
+__all__ = ['get_model_layers']
 
 # %% ../nbs/01_layers.ipynb #476d8c7c
 def unwrap(
@@ -47,7 +48,7 @@ def get_model_layers(
     "The dotted names of all layers of `model`, nested ones included, in the model's order."
     return {n:repr(l) for n,l in named_layers(model)} if get_layer_repr else [n for n,_ in named_layers(model)]
 
-# %% ../nbs/01_layers.ipynb #d351b355
+# %% ../nbs/01_layers.ipynb #6d3860a0
 def layer_name(
     model, # A model or a `Learner`
     layer, # Dotted name of a layer, or the layer itself
@@ -111,6 +112,23 @@ def has_compiled(
     modules = (model.model if isinstance(model, Learner) else model).modules()
     return any('_orig_mod' in m._modules or m._compiled_call_impl is not None for m in modules)
 
+# %% ../nbs/01_layers.ipynb #61f4eb53
+def restorer(v, depth:int=4):
+    "A function that puts back what the container or tensor `v` holds now, and what is in it"
+    if isinstance(v, nn.Parameter) or isinstance(v, nn.Module) or not depth: return noop
+    if isinstance(v, Tensor):
+        if v.is_inference(): return noop
+        kept,version = v.detach().clone(),v._version
+        return lambda: None if v._version == version else v.data.copy_(kept)
+    if not isinstance(v, (dict,list,deque)): return restorer(vars(v), depth-1) if hasattr(v, '__dict__') and not callable(v) else noop
+    # of a long list, such as a vocabulary, only the list itself
+    kept,inner = v.copy(),[restorer(o, depth-1) for o in (v.values() if isinstance(v, dict) else v)] if len(v) < 1000 else []
+    def restore():
+        v.clear()
+        v.update(kept) if isinstance(v, dict) else v.extend(kept)
+        for r in inner: r()
+    return restore
+
 # %% ../nbs/01_layers.ipynb #9f0012dd
 @contextmanager
 def undisturbed(
@@ -118,8 +136,8 @@ def undisturbed(
 ):
     "Within the block models run in eval mode and without a graph; afterwards modes, hidden states and all random streams are as before."
     models = [unwrap(m) for m in models]
-    # recurrent models keep their hidden state, and weights after dropout, in plain attributes
-    kept = {m: dict(m.__dict__) for model in models for m in model.modules() if not isinstance(m, LazyModuleMixin)}
+    # recurrent models keep their hidden state, and weights after dropout, in attributes and buffers
+    kept = [restorer(vars(m)) for model in models for m in model.modules() if not isinstance(m, LazyModuleMixin)]
     with ExitStack() as states:
         for model in models: states.enter_context(evaluating(model))
         states.enter_context(no_random(reproducible=False))
@@ -127,9 +145,7 @@ def undisturbed(
         if any(map(has_compiled, models)): states.enter_context(torch.compiler.set_stance('force_eager'))
         try: yield
         finally:
-            for m,attributes in kept.items():
-                for o in set(m.__dict__) - set(attributes): del m.__dict__[o]
-                m.__dict__.update(attributes)
+            for restore in kept: restore()
 
 # %% ../nbs/01_layers.ipynb #5bcd7871
 @contextmanager
@@ -518,18 +534,22 @@ def run(self:FeatureHooks,
         if self.calls == len(self.layers) and same_state(before, state_of(self.model)): self.once_for.add(shapes)
         return output
 
-# %% ../nbs/01_layers.ipynb #73b763d9
-def state_of(model) -> dict:
-    "What the modules of a model hold in plain attributes: a hidden state, a counter."
-    copied = lambda v: list(v) if isinstance(v, (list,tuple)) else v
-    return {m: {k: copied(v) for k,v in vars(m).items()} for m in model.modules()} if isinstance(model, nn.Module) else {}
+# %% ../nbs/01_layers.ipynb #7e0c5677
+def held(v, depth:int=3):
+    "What `v` holds, for comparison: numbers, texts, the objects themselves, and how often tensors were changed in place"
+    if isinstance(v, Tensor): return v,v._version if not v.is_inference() else 0
+    if isinstance(v, nn.Module) or not depth: return v,
+    if isinstance(v, dict): return {k: held(o, depth-1) for k,o in v.items()}
+    if isinstance(v, (list,tuple,set,deque)) and len(v) < 1000: return [held(o, depth-1) for o in v]
+    if isinstance(v, (int,float,str)) or v is None: return v
+    return {'': (v,), **{k: held(o, depth-1) for k,o in getattr(v, '__dict__', {}).items()}}
 
-def same_state(
-    a, # A state, as `state_of` returns it
-    b # Another one
-) -> bool:
-    "Are two states the same objects, or equal numbers and texts?"
-    if type(a) is not type(b): return False
-    if isinstance(a, dict): return a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a)
-    if isinstance(a, list): return len(a) == len(b) and all(same_state(x, y) for x,y in zip(a, b))
-    return a is b or (isinstance(a, (int,float,str)) and a == b)
+def same_state(a, b) -> bool:
+    "Are two results of `held` the same?"
+    if isinstance(a, dict): return isinstance(b, dict) and a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a)
+    if isinstance(a, (list,tuple)): return type(a) is type(b) and len(a) == len(b) and all(map(same_state, a, b))
+    return a is b or (isinstance(a, (int,float,str)) and type(a) is type(b) and a == b)
+
+def state_of(model) -> dict:
+    "What the modules of a model hold in attributes and buffers: a hidden state, a counter."
+    return {m: held(vars(m)) for m in model.modules()} if isinstance(model, nn.Module) else {}

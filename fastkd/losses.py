@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['loss_inputs', 'plain', 'KDLoss', 'logit_rows', 'mean_logits', 'FunctionLoss', 'as_loss', 'softmax_kl',
+__all__ = ['loss_inputs', 'plain', 'shown', 'KDLoss', 'logit_rows', 'mean_logits', 'FunctionLoss', 'as_loss', 'softmax_kl',
            'mean_softmax_kl', 'SoftTarget', 'Logits', 'Mutual', 'DecoupledKD', 'NormalizedKD', 'pearson', 'DIST',
            'BinarySoftTarget', 'ChannelWise']
 
@@ -44,6 +44,11 @@ loss_inputs = 'pred','teacher_pred','target','fm_s','fm_t','axis','ignore_index'
 @lru_cache(maxsize=None)
 def _arguments(forward): return signature(forward).parameters
 
+# %% ../nbs/00_losses.ipynb #564ab11f
+def shown(T):
+    "A temperature as text: of a schedule its name, without the address"
+    return getattr(T, '__name__', getattr(getattr(T, 'func', None), '__name__', type(T).__name__)) if callable(T) else T
+
 # %% ../nbs/00_losses.ipynb #857f4fca
 class KDLoss(nn.Module):
     """A distillation loss, and all that the callback needs to know about it.
@@ -58,6 +63,7 @@ class KDLoss(nn.Module):
     needs_all_logits:bool = True  # does it use the logits of all classes? `False`: the `k` largest and the mass of the rest approximate it
     min_classes:int = 1           # the least number of classes that it can compare ...
     too_few:str = ''              # ... why, and what to use instead
+    labels_are_masks:bool = False # are labels only looked at to leave positions out? `False`: a loss with a `target` cannot be used with mixed labels
     compares:str = None           # 'classes' for class probabilities, 'maps' for places in the map of each class: both must know the class axis
     layers = None                 # its own pairs of layers, `{student: teacher}`; `None` for the callback's pairs
     channel_axis = None           # axis of the channels of its activations, or `(student's, teacher's)`; `None`: found by the callback
@@ -65,7 +71,7 @@ class KDLoss(nn.Module):
     methods:dict = None           # names in comparisons and their settings; by default the class name in lower case, at the paper's weights
 
     def __init__(self): super().__init__()  # no arguments, unlike `nn.Module`
-    def extra_repr(self): return '' if self.T is None else f'T={self.T}'
+    def extra_repr(self): return '' if self.T is None else f'T={shown(self.T)}'
 
 # %% ../nbs/00_losses.ipynb #3f645e2c
 @patch
@@ -175,7 +181,8 @@ def logit_rows(
 def rows(self:KDLoss, pred, teacher_pred, target=None, axis=-1, ignore_index=None):
     "`logit_rows` of a batch. Raises `ValueError` for fewer classes than the loss can compare."
     if pred.shape[axis] < self.min_classes:
-        raise ValueError(f"{self.name} needs at least {self.min_classes} classes, got logits with {pred.shape[axis]}. {self.too_few}")
+        cure = self.too_few if pred.shape[axis] > 1 else "Use `BinarySoftTarget` for a yes/no output, `Logits` for a regression."
+        raise ValueError(f"{self.name} needs at least {self.min_classes} classes, got logits with {pred.shape[axis]}. {cure}")
     if ignore_index is None and not self.needs_labels: target = None  # they may be of any kind
     return logit_rows(pred, teacher_pred, target, axis, ignore_index)
 
@@ -331,6 +338,7 @@ class SoftTarget(KDLoss):
     Raises `ValueError` for logits of one column (of two with `standardize`), and for shapes that differ.
     Hinton et al. 2015, "Distilling the knowledge in a neural network"; Sun et al., CVPR 2024, "Logit standardization in knowledge distillation"."""
     compares = 'classes'
+    labels_are_masks = True
     paper,min_classes = (0.1, 0.9),2
     # top-k keeps each probability of the k classes at T=1; the other classes share the rest, which counts the more the higher T is
     needs_all_logits = False
@@ -352,7 +360,7 @@ class SoftTarget(KDLoss):
         if self.standardize: s,t = standardize_rows(s),standardize_rows(t)
         return mean_softmax_kl(s, t, self.temperature(pct_train))
 
-    def extra_repr(self): return f'T={self.T}' + ', standardize=True'*self.standardize
+    def extra_repr(self): return f'T={shown(self.T)}' + ', standardize=True'*self.standardize
 
 # %% ../nbs/00_losses.ipynb #a85d6a4e
 def standardize_rows(
@@ -371,6 +379,7 @@ class Logits(KDLoss):
 
     Logits of any shape, also of a single column (regression), without positions labeled `ignore_index` and classes masked with `-inf` in both models.
     Ba & Caruana, NeurIPS 2014, "Do deep nets really need to be deep?"."""
+    labels_are_masks = True
     paper,ensemble = (0., 1.),None
     methods = {'logits': dict(weight=0.5)}
     def forward(self, pred, teacher_pred, target=None, axis=-1, ignore_index=None):
@@ -429,7 +438,7 @@ class DecoupledKD(KDLoss):
         s_b,t_b = (torch.stack([z.gather(1, y[:,None])[:,0]/T, (others/T).logsumexp(-1)], -1) for z,others in ((s,s_others), (t,t_others)))
         return T**2*self.alpha*mean_softmax_kl(s_b, t_b) + self.beta*mean_softmax_kl(s_others, t_others, T)
 
-    def extra_repr(self): return f'alpha={self.alpha}, beta={self.beta}, T={self.T}'
+    def extra_repr(self): return f'alpha={self.alpha}, beta={self.beta}, T={shown(self.T)}'
 
 # %% ../nbs/00_losses.ipynb #3140c9b4
 class NormalizedKD(KDLoss):
@@ -459,7 +468,7 @@ class NormalizedKD(KDLoss):
         others = softmax_kl(s, t, T) + torch.special.entr((t/T).softmax(-1)).sum(-1)
         return row_mean(label) + self.gamma*T**2*row_mean(others)
 
-    def extra_repr(self): return f'gamma={self.gamma}, T={self.T}'
+    def extra_repr(self): return f'gamma={self.gamma}, T={shown(self.T)}'
 
 # %% ../nbs/00_losses.ipynb #e1880fee
 def pearson(
@@ -483,6 +492,7 @@ class DIST(KDLoss):
     The columns of a batch of one row have no correlation, which counts as 0. Raises `ValueError` for logits of one column, and of two unless `beta` is 0.
     Huang et al., NeurIPS 2022, "Knowledge distillation from a stronger teacher"."""
     compares = 'classes'
+    labels_are_masks = True
     paper,min_classes = (1., 2.),3
     too_few = ("The probabilities of two classes have a correlation of 1 or -1, which has no gradient: use `DIST(beta=0)`, "
                "which compares the images of each class only, or `SoftTarget`.")
@@ -504,7 +514,7 @@ class DIST(KDLoss):
         columns = pearson(s.T, t.T, kept.T).sum() / kept.any(0).sum()
         return T**2 * (self.beta*(1 - pearson(s, t, kept).mean()) + self.gamma*(1 - columns))
 
-    def extra_repr(self): return f'beta={self.beta}, gamma={self.gamma}, T={self.T}'
+    def extra_repr(self): return f'beta={self.beta}, gamma={self.gamma}, T={shown(self.T)}'
 
 # %% ../nbs/00_losses.ipynb #13713ff2
 class BinarySoftTarget(KDLoss):

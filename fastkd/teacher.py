@@ -25,7 +25,7 @@ __all__ = ['TeacherOutput', 'Knowledge', 'logits_of', 'has_several', 'makes_mode
            'architecture', 'digest', 'copy_of', 'Teacher', 'normalization_between', 'own_dtype', 'eval_when_called',
            'at_rest', 'described']
 
-# %% ../nbs/02_teacher.ipynb #7be7958f
+# %% ../nbs/02_teacher.ipynb #1ea45a3e
 #: what a teacher says of a batch: `logits`, a tensor for each model, and `activations`, a dictionary from layer name to tensor
 TeacherOutput = namedtuple('TeacherOutput', 'logits activations')
 
@@ -65,14 +65,17 @@ def _model_of(teacher):
     raise TypeError("A teacher is a trained model (an `nn.Module`), a `Learner`, a callable from inputs to logits, or a "
                     f"list of these, got {got}.")
 
-# %% ../nbs/02_teacher.ipynb #642bf81b
+# %% ../nbs/02_teacher.ipynb #f4d549e5
 def makes_models(
     f # What was given as a teacher
 ) -> bool:
     "Is `f` a function such as torchvision's `resnet34`, which makes a model and computes no logits?"
-    return inspect.isfunction(f) and bool({'weights','pretrained'} & set(inspect.signature(f).parameters))
+    while isinstance(f, partial): f = f.func
+    if not inspect.isfunction(f): return False
+    params = inspect.signature(f).parameters
+    return not params or bool({'weights','pretrained'} & set(params))
 
-# %% ../nbs/02_teacher.ipynb #cc99e2e5
+# %% ../nbs/02_teacher.ipynb #4e30fd5c
 #: what a teacher's `Learner` knows: `classes` and `words` (lists), `normalize` (mean and std of each channel; `()` for none); `None` for what is not known
 Knowledge = namedtuple('Knowledge', 'classes words normalize', defaults=(None,None,None))
 
@@ -88,7 +91,7 @@ def knowledge_of(
     mean_std = () if norm is None or norm.mean is None else tuple(torch.as_tensor(o).flatten().tolist() for o in (norm.mean,norm.std))
     return Knowledge(classes, words, mean_std if dls is not None else None)
 
-# %% ../nbs/02_teacher.ipynb #e7f876f6
+# %% ../nbs/02_teacher.ipynb #9788c7fa
 def class_positions(
     student:list, # Classes of the student, in the order of its logits
     teacher:list # Classes of the teacher
@@ -108,7 +111,7 @@ def architecture(
     "The layers of `model` as text that is the same in every process: without the addresses of functions in it."
     return re.sub(' at 0x[0-9a-f]+', '', str(model))
 
-# %% ../nbs/02_teacher.ipynb #bf2fb569
+# %% ../nbs/02_teacher.ipynb #e9fd3705
 def digest(
     models, # Modules
     *settings # What else decides their outputs
@@ -123,7 +126,7 @@ def digest(
                 if isinstance(t, Tensor): h.update(f'{name} {tuple(t.shape)} {t.dtype} {row_keys(t.reshape(1,-1)).item() if t.numel() else 0}'.encode())
     return h.hexdigest()
 
-# %% ../nbs/02_teacher.ipynb #0ec7ca2d
+# %% ../nbs/02_teacher.ipynb #70bdfcf3
 def copy_of(
     model # A model
 ) -> nn.Module:
@@ -153,6 +156,7 @@ class Teacher:
         given = models if isinstance(models, (list,tuple,L)) else [models]
         self.models,self.learners = [_model_of(m) for m in given],[m if isinstance(m, Learner) else None for m in given]
         if not self.models: raise TypeError("The list of teachers is empty.")
+        if normalize is not None: normalize = _checked_statistics(normalize)
         self.dtype,self.channels_last,self.compile,self.inputs,self.outputs = dtype,channels_last,compile,inputs,outputs
         self.vocab,self.normalize,self.probs = vocab,normalize,probs
         self.cache = self._new_cache(cache, topk)
@@ -160,8 +164,16 @@ class Teacher:
         self.running,self.dtypes,self.calls,self.rest,self.hooks,self.moved = None,None,None,None,{},[]
         # for the student's data: positions of its classes among each model's, and how each model's inputs are normalized anew
         self.positions,self.renormalize = [None]*len(given),[None]*len(given)
+        self.takes_first = False  # has an output several tensors, of which the first is taken?
 
-# %% ../nbs/02_teacher.ipynb #f22c298e
+# %% ../nbs/02_teacher.ipynb #b74eca32
+def _checked_statistics(normalize):
+    "`(mean, std)`, each a list of one number for each channel"
+    try: mean,std = [torch.as_tensor(o, dtype=torch.float64).flatten().tolist() for o in normalize]
+    except (TypeError,ValueError): mean,std = [],[0.]
+    if len(mean) == len(std) > 0 and min(std) > 0: return mean,std
+    raise ValueError(f"`normalize` is `(mean, std)`, with a number for each channel in both, got {normalize!r}.")
+
 @patch
 def _new_cache(self:Teacher, cache, topk):
     if not cache:
@@ -175,7 +187,7 @@ def _new_cache(self:Teacher, cache, topk):
                          "`cache=True`, or an `nn.Module`.")
     return LogitsCache(None if cache is True else cache, topk)
 
-# %% ../nbs/02_teacher.ipynb #27a74ecc
+# %% ../nbs/02_teacher.ipynb #fbb5d8ef
 @patch
 def knowledge(self:Teacher, i:int) -> Knowledge:
     "What is known of model `i`: what the user says, else what its `Learner` does"
@@ -186,7 +198,8 @@ def knowledge(self:Teacher, i:int) -> Knowledge:
 
 @patch
 def adapt(self:Teacher,
-    dls # The student's `DataLoaders`
+    dls, # The student's `DataLoaders`
+    classes:bool=True # Are logits compared, so that the classes must agree?
 ) -> list:
     """Map the student's classes and normalization to each model's; returns what was done, in words.
 
@@ -200,14 +213,14 @@ def adapt(self:Teacher,
             raise ValueError("Teacher and student have different word vocabularies, so the same number is another word to each: "
                              "build the student's data with the teacher's, e.g. `TextDataLoaders.from_df(..., "
                              "text_vocab=teacher.dls.vocab)`.")
-        self.positions[i] = class_positions(student.classes, known.classes)
+        self.positions[i] = class_positions(student.classes, known.classes) if classes else None
         if self.positions[i]: notes.append(f"the teacher's classes ({len(known.classes)}) are mapped to the student's ({len(student.classes)})")
         self.renormalize[i] = normalization_between(student.normalize, known.normalize)
         if self.renormalize[i]: notes.append("the teacher's images are normalized as in its own training")
         self._warn_of_config(self.models[i], student, known)
     return list(dict.fromkeys(notes))
 
-# %% ../nbs/02_teacher.ipynb #688bfcb3
+# %% ../nbs/02_teacher.ipynb #0e438fcd
 def normalization_between(
     student, # `(mean, std)` of the student's images, `()` for none
     teacher # The same of the teacher's; `None` if it is not known
@@ -217,7 +230,7 @@ def normalization_between(
     (m,s),(M,S) = [o if len(o) else ([0.],[1.]) for o in (student,teacher)]
     m,s,M,S = [torch.as_tensor(o, dtype=torch.float64).flatten() for o in (m,s,M,S)]
     factor,summand = s/S,(m-M)/S
-    return None if torch.allclose(factor, torch.ones_like(factor)) and torch.allclose(summand, torch.zeros_like(summand)) else (factor,summand)
+    return None if torch.allclose(factor, torch.ones_like(factor), atol=1e-5) and torch.allclose(summand, torch.zeros_like(summand), atol=1e-5) else (factor,summand)
 
 @patch
 def _warn_of_config(self:Teacher, model, student, known):
@@ -229,16 +242,21 @@ def _warn_of_config(self:Teacher, model, student, known):
                       "which the student's data are not. If it was trained so, say `Teacher(model, "
                       f"normalize=({tuple(mean)}, {tuple(std)}))`.")
 
-# %% ../nbs/02_teacher.ipynb #ddd7fe83
+# %% ../nbs/02_teacher.ipynb #7c18b4a9
 @patch
 def inputs_of(self:Teacher, *xb) -> tuple:
     "The first model's inputs for the student's"
     return self._inputs(0, *xb)
 
 @patch
+def _mapped(self:Teacher, *xb):
+    if self.inputs is None: return xb
+    with at_rest(self.inputs)(): return tuplify(self.inputs(*xb))
+
+@patch
 def _inputs(self:Teacher, i, *xb, mapped=False):
     "The inputs of model `i`; `mapped` if `inputs` was applied already"
-    if self.inputs is not None and not mapped: xb = tuplify(self.inputs(*xb))
+    if not mapped: xb = self._mapped(*xb)
     return tuple(self._formatted(i, x) if isinstance(x, Tensor) else apply(partial(self._formatted, i), x) for x in xb)
 
 @patch
@@ -248,18 +266,19 @@ def _formatted(self:Teacher, i, x):
     if not x.is_floating_point(): return x.clone()
     if self.renormalize[i] is not None and x.ndim == 4:
         factor,summand = [o.to(x)[:,None,None] for o in self.renormalize[i]]
+        if len(factor) not in (1, x.shape[1]): raise ValueError(f"`normalize` has {len(factor)} channels, but the images have {x.shape[1]}.")
         x = x*factor + summand
     dtype = (self.dtypes[i] if self.dtypes else self.dtype or own_dtype(self.models[i])) or x.dtype
     if dtype == torch.float32 and torch.is_autocast_enabled(x.device.type): dtype = x.dtype
     return x.to(dtype, memory_format=torch.channels_last if self.channels_last and x.ndim == 4 else torch.preserve_format, copy=True)
 
-# %% ../nbs/02_teacher.ipynb #b424abd2
+# %% ../nbs/02_teacher.ipynb #9bc2ec09
 def own_dtype(model) -> torch.dtype|None:
     "The dtype of a model's floating point parameters, `None` if there are none or several"
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} if isinstance(model, nn.Module) else set()
     return dtypes.pop() if len(dtypes) == 1 else None
 
-# %% ../nbs/02_teacher.ipynb #a2bbd054
+# %% ../nbs/02_teacher.ipynb #742e6cca
 @patch
 @torch.no_grad()
 def run(self:Teacher,
@@ -278,17 +297,20 @@ def __call__(self:Teacher, *xb) -> Tensor:
     "The logits for the inputs `xb`; of an ensemble those of the mean probabilities, the classes on the last axis."
     return mean_logits(self.run(*xb).logits)
 
-# %% ../nbs/02_teacher.ipynb #b690c93b
+# %% ../nbs/02_teacher.ipynb #b6c8df5a
 @contextmanager
-def eval_when_called():
-    "Within the block each module is in eval mode from when it is called; afterwards each is in its own again."
+def eval_when_called(
+    modules=() # Modules that are known
+):
+    "Within the block `modules` are in eval mode, and each other module from when it is called; afterwards each is in its own mode again."
     trained = []
     def rest(module, args):
         if not getattr(module, 'training', False): return
         trained.append(module)
         module.training = False
     handle = nn.modules.module.register_module_forward_pre_hook(rest)
-    try: yield
+    try:
+        with resting(modules): yield
     finally:
         handle.remove()
         for m in trained: m.training = True
@@ -299,15 +321,19 @@ def at_rest(
     "Makes contexts in which `model` is in eval mode: a module, a method of one, or whatever a function calls."
     while isinstance(model, partial): model = model.func
     owner = getattr(model, '__self__', model)
-    return partial(resting, list(owner.modules())) if isinstance(owner, nn.Module) else eval_when_called
+    if isinstance(owner, nn.Module): return partial(resting, list(owner.modules()))
+    found = inspect.getclosurevars(model) if inspect.isfunction(model) else None
+    named = [*found.nonlocals.values(), *found.globals.values()] if found else list(getattr(model, '__dict__', {}).values())
+    return partial(eval_when_called, [m for o in named if isinstance(o, nn.Module) for m in o.modules()])
 
-# %% ../nbs/02_teacher.ipynb #a5c5a100
+# %% ../nbs/02_teacher.ipynb #5e817bd8
 @patch
 @contextmanager
 def _resting(self:Teacher, xb):
     "Within the block every model is in eval mode, and the student's autocast is off for models with a dtype of their own"
     with ExitStack() as modes:
         for rest in self.rest: modes.enter_context(rest())
+        if self.outputs is not None: modes.enter_context(at_rest(self.outputs)())
         if set(self.dtypes) - {None,torch.float32}: modes.enter_context(torch.autocast(find_device(xb).type, enabled=False))
         yield
 
@@ -317,12 +343,24 @@ def _forward(self:Teacher, *xb, layers=(), logits=True, mapped=False):
     with self._resting(xb):
         for i,m in enumerate(self.calls):
             if i == 0 and layers: outputs.append(self._hooks(layers, xb).run(*self._inputs(0, *xb), stop=not logits))
-            elif logits: outputs.append(m(*self._inputs(i, *xb, mapped=mapped)))
+            elif logits: outputs.append(self._call(m, self._inputs(i, *xb, mapped=mapped)))
+        zs = [self._logits(o) for o in outputs] if logits else []
     if layers: acts = {n: a.clone() if a.is_inference() else a for n,a in self.hooks[layers].collect().items()}
-    return TeacherOutput([self._logits(o) for o in outputs] if logits else [], acts)
+    return TeacherOutput(zs, acts)
 
 @patch
-def _logits(self:Teacher, output): return logits_of(self.outputs(output) if self.outputs else output)
+def _call(self:Teacher, model, xb):
+    try: return model(*xb)
+    except RuntimeError as e:
+        if 'dtype' not in str(e) or isinstance(model, nn.Module): raise
+        raise ValueError(f"The teacher failed on inputs of dtype {next((x.dtype for x in xb if isinstance(x, Tensor)), None)}: {e}. "
+                         "Give the model itself, whose dtype is known, or `Teacher(model, dtype=..., outputs=...)`.") from e
+
+@patch
+def _logits(self:Teacher, output):
+    if self.outputs is not None: output = self.outputs(output)
+    self.takes_first = self.takes_first or has_several(output)
+    return logits_of(output)
 
 @patch
 @torch.no_grad()
@@ -335,7 +373,7 @@ def _hooks(self:Teacher, layers, xb):
     if layers not in self.hooks: self.hooks[layers] = FeatureHooks(self.model, layers, 'teacher', self._inputs(0, *xb))
     return self.hooks[layers]
 
-# %% ../nbs/02_teacher.ipynb #f74706e2
+# %% ../nbs/02_teacher.ipynb #f0550282
 @patch
 def logits_for(self:Teacher,
     output:TeacherOutput, # Of `run`
@@ -347,15 +385,19 @@ def logits_for(self:Teacher,
     dtype = pred.dtype if pred.dtype.itemsize > 2 else torch.float32
     zs = [(z if type(z) is Tensor else z.as_subclass(Tensor)).to(pred.device, dtype) for z in output.logits]
     if self.probs: zs = [z.logit(eps=1e-7) if kind == 'binary' else z.clamp(min=torch.finfo(z.dtype).tiny).log() for z in zs]
+    for z,p,i in zip(zs, self.positions, range(len(zs))):
+        known = self.knowledge(i).classes
+        if self.vocab is not None and p is not None and len(known) != z.shape[-1 if axis is None else axis]:
+            raise ValueError(f"`vocab` names {len(known)} classes, but the teacher outputs {z.shape[-1 if axis is None else axis]} logits: name each in the order of the logits.")
     return [z if p is None else z.index_select(-1 if axis is None else axis, torch.tensor(p, device=z.device)) for z,p in zip(zs, self.positions)]
 
-# %% ../nbs/02_teacher.ipynb #7a40590f
+# %% ../nbs/02_teacher.ipynb #51ce0ecb
 @patch(as_prop=True)
 def model(self:Teacher):
     "The first model, the one whose activations are compared; while open, as it runs"
     return (self.running or self.models)[0]
 
-# %% ../nbs/02_teacher.ipynb #d166e562
+# %% ../nbs/02_teacher.ipynb #b7f644e2
 @patch
 def open(self:Teacher,
     device=None, # Where the student's inputs are; `None` to leave the models where they are
@@ -377,7 +419,7 @@ def _move(self:Teacher, model, device):
     self.moved.append((model, *homes))
     model.to(device)
 
-# %% ../nbs/02_teacher.ipynb #5c36c34c
+# %% ../nbs/02_teacher.ipynb #a4185461
 @patch
 def close(self:Teacher):
     "Put the models back where they were."
@@ -406,7 +448,7 @@ def on(self:Teacher,
         yield self
     finally: self.close()
 
-# %% ../nbs/02_teacher.ipynb #1c2e7e85
+# %% ../nbs/02_teacher.ipynb #89c15ed5
 @patch
 def begin(self:Teacher, learn):
     "Called before the first batch of a distillation in `learn`."
@@ -426,18 +468,18 @@ def reset(self:Teacher):
     for m in self.running or self.models:
         if hasattr(m, 'reset'): m.reset()
 
-# %% ../nbs/02_teacher.ipynb #aeccb775
+# %% ../nbs/02_teacher.ipynb #b3fb1385
 @patch
 def _cached(self:Teacher, *xb):
     "The logits from the cache; the models run on inputs that are new to it"
     device = find_device(xb)
     # under autocast the logits of an input are different
     precision = str(torch.get_autocast_dtype(device.type)) if self.dtype is None and torch.is_autocast_enabled(device.type) else ''
-    xb = xb if self.inputs is None else tuplify(self.inputs(*xb))
+    xb = self._mapped(*xb)
     z = self.cache.run(lambda *xb: torch.stack(self._forward(*xb, mapped=True).logits, 1), *xb, precision=precision)
     return list(z.to(device).unbind(1))
 
-# %% ../nbs/02_teacher.ipynb #d6c07f46
+# %% ../nbs/02_teacher.ipynb #8b93f8a8
 @patch
 def __repr__(self:Teacher):
     settings = {k: getattr(self, k) for k in ('dtype','channels_last','compile','inputs','outputs','probs','cache')}

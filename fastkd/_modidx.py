@@ -532,6 +532,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'fastkd/matching.py'),
                                  'fastkd.matching.ModelStructure.units': ('matching.html#modelstructure.units', 'fastkd/matching.py'),
                                  'fastkd.matching.evenly_spaced': ('matching.html#evenly_spaced', 'fastkd/matching.py'),
+                                 'fastkd.matching.first_batch': ('matching.html#first_batch', 'fastkd/matching.py'),
                                  'fastkd.matching.inside': ('matching.html#inside', 'fastkd/matching.py'),
                                  'fastkd.matching.layer_table': ('matching.html#layer_table', 'fastkd/matching.py'),
                                  'fastkd.matching.match_layers': ('matching.html#match_layers', 'fastkd/matching.py'),

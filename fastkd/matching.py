@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import nn
 from fastcore.basics import patch
-from fastai.basics import Learner
+from fastai.basics import Learner, tuplify
 from .layers import LayerRun, named_layers, rewound, trace
 
 # %% auto #0
@@ -214,6 +214,23 @@ def layer_table(
         'parameters': [sum(p.numel() for p in r.layer.parameters()) for r in runs], 'calls': [r.calls for r in runs]
     }, index=pd.Index([r.name for r in runs], name='layer'))
 
+# %% ../nbs/01b_matching.ipynb #batch001
+def first_batch(
+    data, # A fastai or PyTorch `DataLoader`, an iterable of batches, or a batch: a tensor, or a tuple or list of tensors
+    n_inp:int=None # How many elements of a batch are inputs; by default what the loader says, else all but the last
+) -> tuple:
+    """The inputs and the targets of the first batch, as tuples; random streams stay as they were.
+
+    Raises `TypeError` if `data` is neither a loader nor a batch."""
+    first = data[0] if isinstance(data, (tuple,list)) and data else data
+    if isinstance(first, torch.Tensor): batch = data
+    elif not hasattr(data, '__iter__'): raise TypeError(f"Batches come from a loader or a batch, got {type(data).__name__}.")
+    else:
+        with rewound(data): batch = data.one_batch() if hasattr(data, 'one_batch') else next(iter(data))
+    batch,n_inp = tuplify(batch),getattr(data, 'n_inp', None) if n_inp is None else n_inp
+    if n_inp is None: n_inp = max(1, len(batch)-1)
+    return batch[:n_inp],batch[n_inp:]
+
 # %% ../nbs/01b_matching.ipynb #mat00039
 @patch(nm='layer_table')
 def _layer_table(
@@ -221,9 +238,7 @@ def _layer_table(
     depth:int=None # Show layers only down to this depth: 1 for names without a dot
 ) -> LayerTable:
     "One row for each layer of the model that runs on a training batch: `fastkd.matching.layer_table`."
-    dl = self.dls.train
-    with rewound(dl): xb = dl.one_batch()[:getattr(dl, 'n_inp', 1)]
-    return layer_table(self.model, xb, depth)
+    return layer_table(self.model, first_batch(self.dls.train, getattr(self.dls, 'n_inp', None))[0], depth)
 
 # %% ../nbs/01b_matching.ipynb #e26c6535
 def evenly_spaced(stages, n):

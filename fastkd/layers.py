@@ -48,7 +48,7 @@ def get_model_layers(
     "The dotted names of all layers of `model`, nested ones included, in the model's order."
     return {n:repr(l) for n,l in named_layers(model)} if get_layer_repr else [n for n,_ in named_layers(model)]
 
-# %% ../nbs/01_layers.ipynb #6d3860a0
+# %% ../nbs/01_layers.ipynb #e4c76615
 def layer_name(
     model, # A model or a `Learner`
     layer, # Dotted name of a layer, or the layer itself
@@ -112,7 +112,7 @@ def has_compiled(
     modules = (model.model if isinstance(model, Learner) else model).modules()
     return any('_orig_mod' in m._modules or m._compiled_call_impl is not None for m in modules)
 
-# %% ../nbs/01_layers.ipynb #61f4eb53
+# %% ../nbs/01_layers.ipynb #0cb08971
 def restorer(v, depth:int=4):
     "A function that puts back what the container or tensor `v` holds now, and what is in it"
     if isinstance(v, nn.Parameter) or isinstance(v, nn.Module) or not depth: return noop
@@ -152,12 +152,13 @@ def undisturbed(
 def rewound(
     dl # A `DataLoader` or any iterable of batches
 ):
-    "Within the block batches can be drawn; afterwards a fastai `DataLoader` shuffles as if they had not been."
-    rng = getattr(dl, 'rng', None)
-    state = rng.getstate() if rng else None
+    "Within the block batches can be drawn; afterwards a `DataLoader`, fastai's or PyTorch's, shuffles as if they had not been."
+    rng,generator = getattr(dl, 'rng', None),getattr(dl, 'generator', None)
+    state,torch_state = rng.getstate() if rng else None,generator.get_state() if generator else None
     with no_random(reproducible=False):
         try: yield
         finally:
+            if generator: generator.set_state(torch_state)
             if rng:
                 rng.setstate(state)
                 dl.rng = rng
@@ -534,7 +535,7 @@ def run(self:FeatureHooks,
         if self.calls == len(self.layers) and same_state(before, state_of(self.model)): self.once_for.add(shapes)
         return output
 
-# %% ../nbs/01_layers.ipynb #7e0c5677
+# %% ../nbs/01_layers.ipynb #4640ecdb
 def held(v, depth:int=3):
     "What `v` holds, for comparison: numbers, texts, the objects themselves, and how often tensors were changed in place"
     if isinstance(v, Tensor): return v,v._version if not v.is_inference() else 0

@@ -194,7 +194,24 @@ class LayerTable(pd.DataFrame):
         text = {'shape': lambda o: ' × '.join(map(str, o)) if isinstance(o, tuple) else '', 'parameters': '{:,}'.format, 'stride': '{:.4g}'.format}
         return self.to_html(formatters={c: f for c,f in text.items() if c in self}, na_rep='')
 
-# %% ../nbs/01b_matching.ipynb #42836a35
+# %% ../nbs/01b_matching.ipynb #batch001
+def first_batch(
+    data, # A fastai or PyTorch `DataLoader`, an iterable of batches, or a batch: a tensor, or a tuple or list of tensors
+    n_inp:int=None # How many elements of a batch are inputs; by default what the loader says, else all but the last
+) -> tuple:
+    """The inputs and the targets of the first batch, as tuples; random streams stay as they were.
+
+    Raises `TypeError` if `data` is neither a loader nor a batch."""
+    first = data[0] if isinstance(data, (tuple,list)) and data else data
+    if isinstance(first, torch.Tensor): batch = data
+    elif not hasattr(data, '__iter__'): raise TypeError(f"Batches come from a loader or a batch, got {type(data).__name__}.")
+    else:
+        with rewound(data): batch = data.one_batch() if hasattr(data, 'one_batch') else next(iter(data))
+    batch,n_inp = tuplify(batch),getattr(data, 'n_inp', None) if n_inp is None else n_inp
+    if n_inp is None: n_inp = max(1, len(batch)-1)
+    return batch[:n_inp],batch[n_inp:]
+
+# %% ../nbs/01b_matching.ipynb #51cf46bd
 def n_inputs(
     model # A model or a `Learner`
 ) -> int|None:
@@ -210,9 +227,7 @@ def model_inputs(
 ) -> tuple:
     "The inputs of `model` in a batch. Raises `TypeError` if there is no batch and no `Learner` that has one."
     if xb is None and not isinstance(model, Learner): raise TypeError("Give `xb`, a batch of inputs: a model has no data, unlike a `Learner`.")
-    if xb is None:
-        dl = model.dls.train
-        with rewound(dl): xb = dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))
+    if xb is None: return first_batch(model.dls.train, getattr(model.dls, 'n_inp', None))[0]
     return tuplify(xb)[:n_inputs(model)]
 
 # %% ../nbs/01b_matching.ipynb #a5e18086
@@ -242,9 +257,7 @@ def _layer_table(
     depth:int=None # Show layers only down to this depth: 1 for names without a dot
 ) -> LayerTable:
     "One row for each layer of the model that runs on a training batch: `fastkd.matching.layer_table`."
-    dl = self.dls.train
-    with rewound(dl): xb = dl.one_batch()[:getattr(dl, 'n_inp', 1)]
-    return layer_table(self.model, xb, depth)
+    return layer_table(self.model, model_inputs(self), depth)
 
 # %% ../nbs/01b_matching.ipynb #e26c6535
 def evenly_spaced(stages, n):

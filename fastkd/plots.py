@@ -4,19 +4,24 @@
 
 # %% ../nbs/04_plots.ipynb #18f7af47
 from __future__ import annotations
-import math
+import copy, functools, math, re
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import nn, Tensor
 from fastcore.basics import patch
-from fastai.basics import to_device
+from fastai.basics import DataLoaders, L, Learner, apply, no_random, noop
 from .callback import KnowledgeDistillationCallback
-from .layers import FeatureHooks, evaluating
+from .layers import FeatureHooks, Layout, channels_first, find_layouts, layer_name, on_device, undisturbed, unwrap
+from .matching import evenly_spaced, first_batch, match_layers
+from .session import as_pairs
+from .task import facts_of
+from .teacher import Teacher, knowledge_of, logits_of, normalization_between
 
 # %% auto #0
-__all__ = ['plot_losses', 'plot_temperature', 'plot_similarity', 'attention_images', 'show_attention']
+__all__ = ['plot_losses', 'plot_temperature', 'plot_similarity', 'attention_images', 'draw_attention', 'show_attention']
 
 # %% ../nbs/04_plots.ipynb #3e35fdd3
 def _smoothed(values, beta):
@@ -32,7 +37,7 @@ def _draw_curve(ax, values, smooth, color, label):
     "The smoothed `values`, with the raw values faint behind them"
     x = np.arange(1, len(values)+1)
     if smooth: ax.plot(x, values, color=color, alpha=0.2, lw=0.8)
-    ax.plot(x, _smoothed(values, smooth), color=color, label=label)
+    ax.plot(x, _smoothed(values, smooth), color=color, label=label, marker='o' if len(values) == 1 else None)
 
 def _far_apart(curves):
     "Do the means of `curves`, all positive, differ more than twentyfold?"
@@ -73,6 +78,8 @@ def plot_losses(
         if t in drawn: _draw_curve(ax, drawn[t], smooth, f'C{i%10}', t)
     if log is None: log = _far_apart([v[np.isfinite(v)] for v in drawn.values()])
     if log: ax.set_yscale('log')
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if all(len(v) == 1 for v in drawn.values()): ax.set_xlim(0, 2)
     return _finish(ax, new, title='Parts of the objective in training' if weighted else 'Losses in training', xlabel='training batches', ylabel='loss')
 
 # %% ../nbs/04_plots.ipynb #758050e8
@@ -86,6 +93,7 @@ def _draw_probabilities(ax, logits, Ts, labels):
         else: ax.plot(x, p, color=color, label=f'T = {T:g}')
     long = sum(len(str(l)) for l in labels or []) > 60
     if n <= 20: ax.set_xticks(x, labels or x, rotation=45*long, ha='right' if long else 'center')
+    else: ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 def plot_temperature(
     logits, # The logits of one example, one number for each class
@@ -94,8 +102,13 @@ def plot_temperature(
     figsize:tuple=(7,3.5), # Size of a new figure, in inches
     ax=None # Axes to draw into
 ):
-    "The probabilities `softmax(logits/T)` of one example at each temperature of `Ts`. Raises `ValueError` for the logits of several examples."
-    logits = torch.as_tensor(logits).detach().cpu().as_subclass(Tensor).double()
+    """The probabilities `softmax(logits/T)` of one example at each temperature of `Ts`.
+
+    Raises `TypeError` for what is not numbers, such as a model, and `ValueError` for the logits of several examples."""
+    try: logits = torch.as_tensor(logits).detach().cpu().as_subclass(Tensor).double()
+    except (RuntimeError, TypeError) as e:
+        raise TypeError("`plot_temperature` takes the logits of one example, e.g. `teacher.model(xb)[0]`, "
+                        f"got {type(logits).__name__}.") from e
     if logits.ndim != 1: raise ValueError(f"The logits of one example must be a vector, got shape {tuple(logits.shape)}: take one row.")
     new,ax = ax is None,_axes(ax, figsize)
     _draw_probabilities(ax, logits, Ts, labels)
@@ -183,13 +196,16 @@ def _rgb(img):
 
 # %% ../nbs/04_plots.ipynb #1078887b
 def _map_columns(student, teacher, pairs):
-    "`[(role, layer name, maps), ...]`: for each pair the student's, then the teacher's"
-    if pairs is None: pairs = list(student) if isinstance(student, dict) else [(f'layer {i}',)*2 for i in range(len(student))]
-    s,t = (list(m.values()) if isinstance(m, dict) else list(m) for m in (student, teacher))
+    "`[(title, color, maps), ...]`: for each pair the student's, then the teacher's; for each layer of a single model one"
+    if pairs is None: pairs = list(student) if isinstance(student, dict) else [f'layer {i}' for i in range(len(student))]
+    s,t = ([] if m is None else list(m.values()) if isinstance(m, dict) else list(m) for m in (student, teacher))
+    if teacher is None and len(s) == len(pairs): return [(_wrapped(str(p)), 'black', maps) for p,maps in zip(pairs, s)]
     if not len(s) == len(t) == len(pairs):
         raise ValueError(f"Each pair needs maps of both models, got maps of {len(s)} layers of the student, of {len(t)} of the teacher, "
                          f"and {len(pairs)} pairs.")
-    return [o for (a,b),x,y in zip(pairs, s, t) for o in (('student', str(a), x), ('teacher', str(b), y))]
+    names = [(p,p) if isinstance(p, str) else p for p in pairs]
+    both = [(('student', 'tab:blue', p[0], x), ('teacher', 'tab:red', p[1], y)) for p,x,y in zip(names, s, t)]
+    return [(f'{role}\n{_wrapped(str(name))}', color, maps) for pair in both for role,color,name,maps in pair]
 
 def _draw_map(ax, img, m, alpha, cmap):
     "`img`, and the map `m` over it"
@@ -200,34 +216,227 @@ def _draw_map(ax, img, m, alpha, cmap):
     if isinstance(m, Tensor): m = m.detach().cpu().as_subclass(Tensor).float().numpy()
     ax.imshow(m, extent=(0,w,h,0), alpha=alpha, cmap=cmap, interpolation='bilinear')
 
-def _tail(name, most=14):
-    "`name`, or the end of a long one"
-    return name if len(name) <= most else '…' + name[1-most:]
+def _wrapped(text, most=18):
+    "`text` in lines of at most `most` characters; a word is broken, after dots and underscores, only if it is longer"
+    words,lines = re.findall(r'\S+ ?', text),['']
+    for part in [p for w in words for p in (re.findall(r'.+?(?:[._/;-]|$)', w) if len(w) > most else [w])]:
+        if lines[-1] and len(lines[-1] + part.rstrip()) > most: lines.append('')
+        lines[-1] += part
+    return '\n'.join(l.rstrip() for l in lines)
+
+# %% ../nbs/04_plots.ipynb #colorbar
+def _explain_colors(axs, cmap):
+    "A color bar below `axs` that says what bright means"
+    place = dict(location='bottom', shrink=min(1, 3/axs.shape[1]), aspect=40, pad=0.02)
+    bar = axs[0,0].figure.colorbar(plt.cm.ScalarMappable(cmap=cmap), ax=list(axs.flat), **place)
+    bar.set_ticks([0,1], labels=['least','most'], fontsize=8)
+    label = 'attention: mean squared activation, from least to most in each map'
+    bar.set_label(_wrapped(label, 40) if axs.shape[1] < 4 else label, fontsize=8)
+
+def _headings(columns, titles, n):
+    "`(text, color)` above each image and each map, a list for each of the `n` rows"
+    none = '','black'
+    titles = [('\n'.join(map(_wrapped, text.split('\n'))), color) for text,color in [*(titles or []), *[none]*n][:n]]
+    if titles[0] == none: titles[0] = 'image','black'
+    return [[titles[0], *((text,color) for text,color,_ in columns)], *([t] + [none]*len(columns) for t in titles[1:])]
+
+def _new_grid(imgs, headings, figsize):
+    "Axes for images of one size, with room for the lines of the headings"
+    (n,cols),(h,w,_) = (len(headings),len(headings[0])),imgs[0].shape
+    size = 1.25 if cols > 3 else 1.6
+    lines = sum(max(text.count('\n') + 1 if text else 0 for text,_ in row) for row in headings)
+    figsize = figsize or (size*cols, n*(size*h/w + 0.1) + 0.15*lines + 0.6)
+    return plt.subplots(n, cols, figsize=figsize, squeeze=False, layout='constrained')[1]
 
 # %% ../nbs/04_plots.ipynb #e7ff082b
-def show_attention(
+def draw_attention(
     imgs, # Images: arrays (h, w, 3) in 0..1, or a batch or list of tensors (c, h, w)
     maps_student, # Attention maps (n, h, w) of the student, a dict from pair to maps or a list in the order of `pairs`
-    maps_teacher, # The teacher's, likewise
-    pairs:list=None, # Pairs `(student's name, teacher's name)` for the titles, by default the keys of `maps_student`
+    maps_teacher=None, # The teacher's, likewise; `None` to show a single model
+    pairs:list=None, # Pairs of names `(student's, teacher's)`, by default the keys of `maps_student`; of a single model names
+    titles:list=None, # `(title, color)` for each image
     alpha:float=0.6, # Opacity of the maps over the images
     cmap='inferno', # Colors of the maps
     figsize:tuple=None, # Size of a new figure, in inches
-    axs=None # Axes to draw into, one row for each image and `1 + 2*len(pairs)` columns
+    axs=None # Axes to draw into: a row for each image, a column for the images and one for each map
 ):
     """Attention maps over images, a row for each image: the image, then for each pair the student's map and the teacher's.
 
     The colors of each map go from its least to its largest value. Raises `ValueError` if the numbers of maps and pairs differ."""
     columns,imgs = _map_columns(maps_student, maps_teacher, pairs),[_rgb(o) for o in imgs]
     n,cols = min([len(imgs), *(len(maps) for *_,maps in columns)]),1 + len(columns)
-    if axs is None: axs = plt.subplots(n, cols, figsize=figsize or (1.25*cols, 1.25*n + 0.5), squeeze=False, layout='constrained')[1]
-    axs = np.asarray(axs, dtype=object).reshape(n, cols)
-    for img,i,row in zip(imgs, range(n), axs):
-        for ax,m in zip(row, [None, *(maps[i] for *_,maps in columns)]): _draw_map(ax, img, m, alpha, cmap)
-    axs[0,0].set_title('image', fontsize=8)
-    for ax,(role,name,_) in zip(axs[0,1:], columns):
-        ax.set_title(f'{role}\n{_tail(name)}', fontsize=8, color='tab:blue' if role == 'student' else 'tab:red')
+    headings = _headings(columns, titles, n)
+    axs = np.asarray(_new_grid(imgs, headings, figsize) if axs is None else axs, dtype=object).reshape(n, cols)
+    for i,row in enumerate(axs):
+        for ax,(text,color),m in zip(row, headings[i], [None, *(maps[i] for *_,maps in columns)]):
+            _draw_map(ax, imgs[i], m, alpha, cmap)
+            ax.set_title(text, fontsize=8, color=color)
+    _explain_colors(axs, cmap)
     return axs
+
+# %% ../nbs/04_plots.ipynb #data0002
+def _dls_of(model):
+    "The `DataLoaders` of a model's `Learner`, `None` if it has none"
+    learner = model.learners[0] if isinstance(model, Teacher) else model
+    return learner.dls if isinstance(learner, Learner) else None
+
+def _valid(dls):
+    "The loader for validation, if there is one"
+    return None if dls is None else dls.loaders[:2][-1]
+
+def _visible(img):
+    "An image between 0 and 1; only one that leaves this range is changed"
+    if not img.is_floating_point() or (img.min() > -0.05 and img.max() < 1.05): return img
+    return (img - img.min())/(img.max() - img.min()).clamp(min=1e-12)
+
+# %% ../nbs/04_plots.ipynb #data0003
+class _Examples:
+    "The first `n` examples of a loader or a batch. Raises `ValueError` if they are no images."
+    def __init__(self, data, models, n):
+        own = _valid(next(filter(None, map(_dls_of, models)), None))
+        if isinstance(data, DataLoaders): data = _valid(data)
+        if data is None: data = own
+        if data is None:
+            raise ValueError("`show_attention` needs images: give a `DataLoader` or a batch, `show_attention(models, dl)`, "
+                             "or a `Learner` as model.")
+        self.loader = data if hasattr(data, 'dataset') else own  # what the batch was made by
+        n_inp = None if hasattr(data, 'n_inp') else getattr(_dls_of(models[0]), 'n_inp', None)
+        self.xb,self.yb = (apply(lambda t: t[:n] if isinstance(t, Tensor) else t, b) for b in first_batch(data, n_inp))
+        self.image = next((i for i,x in enumerate(self.xb) if isinstance(x, Tensor) and x.ndim == 4), None)
+        if self.image is None:
+            got = ', '.join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in self.xb)
+            raise ValueError("`show_attention` needs images, a batch of shape (n, channels, height, width), and layers with "
+                             f"positions, got inputs of shape {got}.")
+
+    def pictures(self):
+        "The images as the loader decodes them"
+        xb = self.loader.decode(self.xb) if hasattr(self.loader, 'decode_batch') else self.xb
+        return [_visible(o) for o in xb[self.image]]
+
+    def decoded(self, target, loader=None):
+        "A target of each example as `loader` decodes it, e.g. to the name of its class; by default the examples' own"
+        loader,batch = self.loader if loader is None else loader,(*self.xb, target, *self.yb[1:])
+        if not hasattr(loader, 'decode_batch'): return list(target)
+        return [o[len(self.xb)] for o in loader.decode_batch(batch, max_n=len(target))]
+
+# %% ../nbs/04_plots.ipynb #data0005
+def _as_text(o):
+    "A decoded label as text; `None` for masks, points and the like"
+    if isinstance(o, Tensor): o = o.item() if o.numel() == 1 else None
+    if isinstance(o, (L,list,tuple)):  # several labels, or several numbers
+        texts = [_as_text(i) for i in o]
+        return None if None in texts else ';'.join(texts) or '(none)'
+    return f'{o:.4g}' if isinstance(o, float) else str(o) if isinstance(o, (str,int)) else None
+
+def _is_number(o):
+    if isinstance(o, (L,list,tuple)): return any(map(_is_number, o))
+    return isinstance(o, float) or (isinstance(o, Tensor) and o.is_floating_point())
+
+def _title(label, predicted):
+    "`(title, color)` of an image"
+    texts = [None if o is None else _as_text(o) for o in (label, predicted)]
+    lines = [t for t in (texts[0], texts[1] and f'predicted {texts[1]}') if t]
+    return '\n'.join(lines),'black' if None in texts or _is_number(label) else 'green' if texts[0] == texts[1] else 'red'
+
+def _decisions(logits, loss_func, labels):
+    "What a model decides for each example; `None` if nothing tells, or if it is a map"
+    is_label = isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point()
+    if hasattr(loss_func, 'decodes'): said = loss_func.decodes(getattr(loss_func, 'activation', noop)(logits))
+    elif not is_label and facts_of(loss_func).kind != 'classes': return None
+    else: said = logits.argmax(1) if logits.ndim == 2 and logits.shape[1] > 1 else None
+    return said if isinstance(said, Tensor) and said.ndim < 3 else None
+
+# %% ../nbs/04_plots.ipynb #data0007
+def _titles(examples, model, output):
+    "`(title, color)` of each example: its label, and the prediction of `model` in its own classes"
+    target = examples.yb[0] if len(examples.yb) else None
+    loss_func = getattr(model.learners[0] if isinstance(model, Teacher) else model, 'loss_func', None)
+    said = _decisions(logits_of(output).as_subclass(Tensor), loss_func, target)
+    labels = examples.decoded(target) if isinstance(target, Tensor) else [None]*len(examples.xb[0])
+    predicted = [None]*len(labels) if said is None else examples.decoded(said, _valid(_dls_of(model)))
+    return [_title(*o) for o in zip(labels, predicted)]
+
+# %% ../nbs/04_plots.ipynb #look0002
+def _map_of(act, layout, name, n, role):
+    "The attention maps of one activation. Raises `ValueError` if it has no positions, or if its layout is unknown."
+    what = f"Layer {name!r} of the {role} outputs the shape {tuple(act.shape)}"
+    if layout is None and act.ndim == 4 and len(act) == n:
+        raise ValueError(f"{what}, and nothing in the model tells which axis holds the channels: give `channel_axis=` "
+                         "(1 if they come first, -1 if they come last), or choose another layer.")
+    maps = act if layout is None else channels_first(act, layout)
+    if maps.ndim != 4 or len(maps) != n:
+        raise ValueError(f"{what}, but `show_attention` needs a layer that outputs positions for each of the {n} images; "
+                         "`layer_table` shows the layers.")
+    return attention_images(maps)
+
+def _look(model, xb, names, role, channel_axis):
+    "The attention maps of the layers `names`, and the output of the model"
+    layouts,n = find_layouts(model, xb),len(xb[0])
+    hooks = FeatureHooks(model, dict.fromkeys(names), role, xb)
+    with undisturbed(model): output = hooks.run(*on_device(model, xb))
+    acts = hooks.collect()
+    if channel_axis is not None: layouts = {k: layouts.get(k) or Layout(channel_axis % a.ndim) for k,a in acts.items()}
+    return [_map_of(acts[name], layouts.get(name), name, n, role).cpu() for name in names],output
+
+# %% ../nbs/04_plots.ipynb #look0003
+def _as_teacher(model, examples):
+    "The model that `model`, as a teacher, compares, and its inputs for the student's"
+    teacher = copy.copy(model if isinstance(model, Teacher) else Teacher(model))
+    teacher.dtype,teacher.dtypes = None,None  # the model itself, and not its copy that runs in a fit
+    normalize = knowledge_of(examples.loader).normalize
+    teacher.renormalize = [normalization_between(normalize, teacher.knowledge(0).normalize)]
+    return unwrap(teacher.models[0]),teacher.inputs_of(*examples.xb)
+
+def _layers_to_show(seen, layers, n_pairs):
+    "The names of layers of each model, of which `seen` has the model, its inputs and its role"
+    if layers is None:
+        (a,a_xb,_),(b,b_xb,_) = seen[0],seen[-1]
+        return match_layers(a, b, a_xb, n=n_pairs, teacher_xb=b_xb)[:len(seen)]
+    if len(seen) == 1: layers = [[layers] if isinstance(layers, (str,nn.Module)) else layers]
+    else:
+        if isinstance(layers, dict): layers = list(layers),list(layers.values())
+        if len(layers) != 2:
+            raise ValueError(f"`layers` of two models are (student's names, teacher's names) or a dict of pairs, got {layers!r}.")
+        layers = zip(*as_pairs(*layers))
+    return [[layer_name(model, l, role) for l in ls] for (model,_,role),ls in zip(seen, layers)]
+
+# %% ../nbs/04_plots.ipynb #look0004
+def _or_maps(f):
+    "`f`, which takes models, takes images and maps too: then it is `draw_attention`"
+    @functools.wraps(f)
+    def show(*args, **kwargs):
+        first = args[0] if args else kwargs.get('models')
+        given = first if isinstance(first, (tuple,list)) else [first]
+        is_model = [isinstance(o, (nn.Module,Learner,Teacher)) for o in given]
+        return (f if any(is_model) else draw_attention)(*args, **kwargs)
+    return show
+
+@_or_maps
+def show_attention(
+    models, # `(student, teacher)`, or one model: modules, `Learner`s or `Teacher`s; or the arguments of `draw_attention`
+    dl=None, # The images: a fastai or PyTorch `DataLoader`, or a batch; by default a `Learner`'s validation set
+    layers=None, # `(student's names, teacher's names)` or a dict of pairs, of one model names; by default matched ones
+    n:int=4, # Number of images, at most a batch
+    n_pairs:int=4, # Match at most this many pairs, at even distances, the last among them
+    channel_axis:int=None, # Axis of the channels, for layers where the model does not tell
+    **kwargs
+):
+    """Show where models look: attention maps of their layers over images, with the label and the student's prediction.
+
+    Models stay as they were, and no random number is drawn. `kwargs` are those of `draw_attention`. Raises `ValueError`
+    for inputs that are no images, and for layers without positions."""
+    models = list(models) if isinstance(models, (tuple,list)) else [models]
+    if len(models) > 2: raise ValueError(f"`show_attention` takes a student and a teacher, got {len(models)} models.")
+    roles = ['student','teacher'] if len(models) == 2 else ['model']
+    with no_random(reproducible=False):
+        examples = _Examples(dl, models, n)
+        plain = [not i and not isinstance(m, Teacher) for i,m in enumerate(models)]
+        seen = [(unwrap(m),examples.xb) if p else _as_teacher(m, examples) for m,p in zip(models, plain)]
+        names = _layers_to_show([(*o, r) for o,r in zip(seen, roles)], layers, n_pairs)
+        maps,outputs = zip(*[_look(*o, ns, r, channel_axis) for o,ns,r in zip(seen, names, roles)])
+        titles,pictures = _titles(examples, models[0], outputs[0]),examples.pictures()
+    pairs = list(zip(*names)) if len(models) == 2 else names[0]
+    return draw_attention(pictures, *maps, pairs=pairs, titles=titles, **kwargs)
 
 # %% ../nbs/04_plots.ipynb #ddf6bce1
 _plot_losses,_show_attention = plot_losses,show_attention  # `@patch` leaves these names as they are
@@ -242,20 +451,13 @@ def plot_losses(self:KnowledgeDistillationCallback, **kwargs):
 @patch
 def show_attention(self:KnowledgeDistillationCallback,
     n:int=4, # Number of images
-    dl=None, # A `DataLoader` with the images; the validation set by default
+    dl=None, # The images: a `DataLoader` or a batch; the validation set by default
+    layers=None, # `(student's names, teacher's names)` or a dict of pairs; by default those of the last fit, else matched ones
+    n_pairs:int=4, # Show at most this many pairs, at even distances, the last among them
     **kwargs
 ):
     "Show where the student and the teacher of the last fit look, for each pair of layers; `kwargs` are those of `fastkd.plots.show_attention`."
     learn = self.learn or (self.result and self.result.learn())
-    if learn is None or not self.pairs:
-        raise ValueError("There are no attention maps, because there was no fit yet with a loss that compares activations.")
-    dl = dl or learn.dls.valid
-    xb = tuple(x[:n] for x in dl.one_batch()[:learn.dls.n_inp])
-    device = next(learn.model.parameters()).device
-    inputs,names = to_device(xb, device),[list(dict.fromkeys(o)) for o in zip(*self.pairs)]
-    hooks = FeatureHooks(learn.model, names[0], 'student', inputs)
-    with torch.no_grad(), evaluating(learn.model), self.teacher.on(device):
-        hooks.run(*inputs)
-        acts = hooks.collect(),self.teacher.run(*inputs, layers=names[1], logits=False).activations
-    maps = [[attention_images(a[pair[i]]).cpu() for pair in self.pairs] for i,a in enumerate(acts)]
-    return _show_attention(dl.decode(xb)[0], *maps, pairs=self.pairs, **kwargs)
+    if learn is None: raise ValueError("There has been no fit yet; `show_attention((student, teacher), dl)` needs none.")
+    if layers is None and self.pairs: layers = tuple(zip(*evenly_spaced(self.pairs, n_pairs)))
+    return _show_attention((learn, self.teacher), dl, layers, n, n_pairs, **kwargs)

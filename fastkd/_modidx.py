@@ -79,6 +79,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'fastkd.checks.refuse_layers': ('checks.html#refuse_layers', 'fastkd/checks.py'),
                                'fastkd.checks.refuse_no_probabilities': ('checks.html#refuse_no_probabilities', 'fastkd/checks.py'),
                                'fastkd.checks.refuse_output': ('checks.html#refuse_output', 'fastkd/checks.py'),
+                               'fastkd.checks.refuse_state': ('checks.html#refuse_state', 'fastkd/checks.py'),
                                'fastkd.checks.warn_of_other_inputs': ('checks.html#warn_of_other_inputs', 'fastkd/checks.py')},
             'fastkd.cli': { 'fastkd.cli._choices': ('cli.html#_choices', 'fastkd/cli.py'),
                             'fastkd.cli._failed': ('cli.html#_failed', 'fastkd/cli.py'),

@@ -44,7 +44,7 @@ loss_inputs = 'pred','teacher_pred','target','fm_s','fm_t','axis','ignore_index'
 @lru_cache(maxsize=None)
 def _arguments(forward): return signature(forward).parameters
 
-# %% ../nbs/00_losses.ipynb #8460fbe1
+# %% ../nbs/00_losses.ipynb #a74945c7
 def shown(T):
     "A temperature as text: of a schedule its name, without the address"
     return getattr(T, '__name__', getattr(getattr(T, 'func', None), '__name__', type(T).__name__)) if callable(T) else T
@@ -181,7 +181,7 @@ def logit_rows(
 def rows(self:KDLoss, pred, teacher_pred, target=None, axis=-1, ignore_index=None):
     "`logit_rows` of a batch. Raises `ValueError` for fewer classes than the loss can compare."
     if pred.shape[axis] < self.min_classes:
-        cure = self.too_few if pred.shape[axis] > 1 else "Use `BinarySoftTarget` for a yes/no output, `Logits` for a regression."
+        cure = self.too_few if pred.shape[axis] > 1 else "A single column has no classes: use `BinarySoftTarget` for a yes/no output, `Logits` for a regression."
         raise ValueError(f"{self.name} needs at least {self.min_classes} classes, got logits with {pred.shape[axis]}. {cure}")
     if ignore_index is None and not self.needs_labels: target = None  # they may be of any kind
     return logit_rows(pred, teacher_pred, target, axis, ignore_index)

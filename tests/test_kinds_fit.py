@@ -184,7 +184,7 @@ class Inside(Callback):
         learn = self.learn
         kept = {k: getattr(learn, k) for k in ('xb','yb','pred','loss','loss_grad','dl','iter','n_iter','epoch','n_epoch','pct_train','train_iter','training') if hasattr(learn, k)}
         mode = learn.model.training
-        self.what(learn)
+        with torch.random.fork_rng(): self.what(learn)  # a loader draws a number, from which a loss's parameters would start
         for k,v in kept.items():
             setattr(learn, k, v)
         learn.model.train(mode)

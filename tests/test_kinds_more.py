@@ -1,4 +1,4 @@
-"What is not as it should be yet; each test moves to its file when it passes"
+"More of the kinds: what was found to go wrong after the first round"
 import collections, contextlib, copy, importlib, types, warnings
 import numpy as np, pytest, torch
 import torch.nn.functional as F
@@ -170,17 +170,6 @@ def test_a_hidden_state_of_any_kind_is_kept(state):
     right = by_itself(t, 'enc', xs)
     for g,r in zip(teacher_activations(t, 'enc', xs), right, strict=True): assert torch.allclose(g, r, atol=1e-5)
 
-class ByValue(nn.Module):
-    "Runs its layer again for some inputs, whose shape is the same"
-    def __init__(self): super().__init__(); self.enc,self.fc = nn.Linear(4,4),nn.Linear(4,4)
-    def forward(self, x): return self.fc(self.enc(self.enc(x)) if x.mean() > 0 else self.enc(x))
-
-def test_a_layer_that_runs_more_often_for_some_values():
-    torch.manual_seed(1)
-    t,xs = ByValue(),[draw(8,4)+3*i for i in (-1,1,-1,1)]
-    right = by_itself(t, 'enc', xs)
-    for g,r in zip(teacher_activations(t, 'enc', xs), right, strict=True): assert torch.allclose(g, r, atol=1e-5)
-
 # foreign code around a fit
 
 @pytest.mark.parametrize('what', [lambda l: l.get_preds(), lambda l: l.validate(), lambda l: l.get_preds(with_loss=True)], ids=['get_preds','validate','with_loss'])
@@ -208,8 +197,8 @@ def test_what_validate_says_inside_a_fit():
 def test_the_column_of_an_epoch_with_a_foreign_validation_is_the_mean_of_all_its_batches():
     learn,kd = learner(data(x, y), lin(), loss_func=F.cross_entropy),KD(lin(3), SoftTarget)
     learn.fit(1, .1, cbs=[kd, Inside(lambda l: l.validate(), 'after_batch', 60)])
-    column = list(learn.recorder.metric_names).index('kd_loss')-1
-    assert learn.recorder.values[-1][column] == pytest.approx(np.mean(kd.curves['train']['kd_loss']), rel=1e-5)
+    assert list(learn.recorder.metric_names)[-2] == 'kd_loss'
+    assert learn.recorder.values[-1][-1] == pytest.approx(np.mean(kd.curves['train']['kd_loss']), rel=1e-5)
 
 @pytest.mark.parametrize('given', ['before','after'])
 def test_a_module_that_is_loaded_again(given):
@@ -323,22 +312,7 @@ def test_more_names_than_classes():
     "A name for each logit"
     with pytest.raises(ValueError, match='vocab'): quiet(photos(), cnn(seed=2)).fit(1, 0., cbs=KD(Teacher(cnn(), vocab=['dark','mixed','light','more']), SoftTarget))
 
-# Ctrl-C where a context is left, or while it cleans up
-
-@pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize('kind', ['features','function'])
-def test_ctrl_c_where_contexts_are_left(kind):
-    "At the last line of a context the next fit, at the latest, takes back what is left"
-    found = {}
-    last = {l: i for i,l in enumerate(lines_of(kind))}
-    for l,at in [*each_line(kind).items(), *last.items()]:  # a context's own line runs again when it is left
-        if l.split()[-1] not in {'eval_when_called','recording','undisturbed','evaluating'}: continue
-        try: what,_ = interrupted(kind, at)
-        finally:
-            torch.set_grad_enabled(True)
-            nn.modules.module._global_forward_pre_hooks.clear()
-        if what: found[l] = what
-    assert not found
+# Ctrl-C during the cleaning up
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('kind', ['features','function'])

@@ -97,7 +97,7 @@ def test_two_teachers_in_one_folder_make_two_tables(killed, tmp_path, capsys):
     (['run','digits','--epochs','-1'], '1 or more'),
     (['run','digits','--device','gpu'], 'no device'), (['run','digits','--augment'], 'no augmentation'),
     (['run','digits','--sseds','3'], 'nrecognized'), (['table','nowhere'], 'no results'), (['plot','nowhere'], 'no results'),
-    (['models','digit'], 'no recipe'), (['table'], 'out'), (['run','digits','--methods','attention'], 'attention: Attention compares places'),
+    (['models','digit'], 'no recipe'), (['table'], 'out'), (['run','digits','--methods','attention'], 'attention: Attention compares the places'),
     (['run','digits','--methods','none(epochs=-1)'], '1 or more'), (['run','digits','--methods','soft(T=x)'], 'must be a number'),
     (['run','digits','--device','meta'], 'not available'),
     (['run','digits','--seeds','99999999999999999999999'], '10,000'), (['run','digits','--epochs','1.5'], 'must be a whole number'),

@@ -199,7 +199,7 @@ class Many(torch.nn.Module):
 
 def raising(pred, teacher_pred): return [][0]
 
-@pytest.mark.parametrize('methods,words', [(['attention'],'attention: Attention compares places'),
+@pytest.mark.parametrize('methods,words', [(['attention'],'attention: Attention compares the places'),
     (["fitnet(layers=[('0','nope')])"],"no layer 'nope'|'nope'"),
     (["soft+fitnet(layers={'nope':'0'})"],"'nope'"), ({'mine': FeatureLoss},'mine: FeatureLoss is a base class'),
     ({'mine': KDLoss},'mine: KDLoss is a base class'), ({'mine': lambda pred, teacher_pred: pred},'not one number'),

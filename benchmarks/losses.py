@@ -23,6 +23,7 @@ from torch.profiler import profile, ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 from fastkd.losses import *
 from fastkd.feature_losses import *
+from fastkd.methods import loss_classes
 
 STAGES = ((64,56), (128,28), (256,14), (512,7)) # channels and size of the four stages of a ResNet18 or 34 at 224 pixels
 
@@ -78,16 +79,16 @@ def all_losses(args):
     fm_s,fm_t = acts(True),acts(False)
     last = lambda fm: {3: fm[3]}
     seg = {1: torch.randn(B,21,56,56, device=dev, requires_grad=True), 0: torch.randn(B,21,56,56, device=dev)}
-    logit = lambda l: step(lambda: l(s, t), s)
-    labelled = lambda l: step(lambda: l(s, t, y), s)
-    feature = lambda l, cut=lambda o: o: step(lambda: l(cut(fm_s), cut(fm_t)), *fm_s.values(), *l.parameters())
-    fs = {'SoftTarget': logit(SoftTarget()), 'SoftTarget standardized': logit(SoftTarget(standardize=True)), 'Logits': logit(Logits()),
-          'DecoupledKD': labelled(DecoupledKD()), 'NormalizedKD': labelled(NormalizedKD()), 'DIST': logit(DIST()), 'BinarySoftTarget': logit(BinarySoftTarget()),
-          'ChannelWise (21 maps, 56x56)': step(lambda: ChannelWise()(seg[1], seg[0]), seg[1]),
-          'Attention': feature(Attention()), 'Similarity (last stage)': feature(Similarity(), last), 'RKD (last stage)': feature(RKD(), last),
-          'PKT (last stage)': feature(PKT(), last), 'NST': feature(NST())}
-    for l in (FitNet(), Cosine(), VID(), ActivationBoundaries(), ReviewKD(), ChannelWiseFeatures()):
-        l.to(dev).build(fm_s, fm_t); fs[type(l).__name__] = feature(l)
+    def of(l):
+        "A step of the loss `l` on what it needs; its authors' layers"
+        l.to(dev)
+        if not l.needs_features:
+            z,z_t = (seg[1],seg[0]) if l.compares == 'maps' else (s,t)
+            return step(lambda: l(pred=z, teacher_pred=z_t, **({'target': y} if l.needs_labels else {})), z)
+        a,b = [last(fm) if l.paper_layers == 'last' else fm for fm in (fm_s,fm_t)]
+        l.build(a, b)
+        return step(lambda: l(fm_s=a, fm_t=b), *a.values(), *l.parameters())
+    fs = {'SoftTarget, standardized': of(SoftTarget(standardize=True)), **{c.__name__: of(c()) for c in loss_classes()}}
     whole = best({'own': own}, args.student_rounds, dev)['own']
     print(f'\nResNet18, forward and backward: {whole:.2f} s', flush=True)
     times = best(fs, args.rounds, dev)

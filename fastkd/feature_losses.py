@@ -45,7 +45,7 @@ class FeatureLoss(KDLoss):
     def forward(self, fm_s, fm_t): return sum(self.pair_loss(s, t) for s,t in self.pairs(fm_s, fm_t))
     def pair_loss(self, s, t): raise NotImplementedError
 
-# %% ../nbs/00b_feature_losses.ipynb #e9d1b379
+# %% ../nbs/00b_feature_losses.ipynb #7d322280
 def same_places(
     s:Tensor, # Activation `(B, c, ...)` of the student
     t:Tensor, # Activation `(B, c', ...)` of the teacher

@@ -25,7 +25,7 @@ __all__ = ['TeacherOutput', 'Knowledge', 'logits_of', 'has_several', 'makes_mode
            'architecture', 'digest', 'copy_of', 'Teacher', 'normalization_between', 'own_dtype', 'eval_when_called',
            'at_rest', 'described']
 
-# %% ../nbs/02_teacher.ipynb #dbabe2a4
+# %% ../nbs/02_teacher.ipynb #8a1a7ea9
 #: what a teacher says of a batch: `logits`, a tensor for each model, and `activations`, a dictionary from layer name to tensor
 TeacherOutput = namedtuple('TeacherOutput', 'logits activations')
 
@@ -65,7 +65,7 @@ def _model_of(teacher):
     raise TypeError("A teacher is a trained model (an `nn.Module`), a `Learner`, a callable from inputs to logits, or a "
                     f"list of these, got {got}.")
 
-# %% ../nbs/02_teacher.ipynb #355359c6
+# %% ../nbs/02_teacher.ipynb #6df3f66c
 def makes_models(
     f # What was given as a teacher
 ) -> bool:
@@ -75,7 +75,7 @@ def makes_models(
     params = inspect.signature(f).parameters
     return not params or bool({'weights','pretrained'} & set(params))
 
-# %% ../nbs/02_teacher.ipynb #459f2ef7
+# %% ../nbs/02_teacher.ipynb #a7bc410c
 #: what a teacher's `Learner` knows: `classes` and `words` (lists), `normalize` (mean and std of each channel; `()` for none); `None` for what is not known
 Knowledge = namedtuple('Knowledge', 'classes words normalize', defaults=(None,None,None))
 
@@ -91,7 +91,7 @@ def knowledge_of(
     mean_std = () if norm is None or norm.mean is None else tuple(torch.as_tensor(o).flatten().tolist() for o in (norm.mean,norm.std))
     return Knowledge(classes, words, mean_std if dls is not None else None)
 
-# %% ../nbs/02_teacher.ipynb #27688941
+# %% ../nbs/02_teacher.ipynb #8ad34044
 def class_positions(
     student:list, # Classes of the student, in the order of its logits
     teacher:list # Classes of the teacher
@@ -111,7 +111,7 @@ def architecture(
     "The layers of `model` as text that is the same in every process: without the addresses of functions in it."
     return re.sub(' at 0x[0-9a-f]+', '', str(model))
 
-# %% ../nbs/02_teacher.ipynb #24e7c2a6
+# %% ../nbs/02_teacher.ipynb #09e65f6c
 def digest(
     models, # Modules
     *settings # What else decides their outputs
@@ -126,7 +126,7 @@ def digest(
                 if isinstance(t, Tensor): h.update(f'{name} {tuple(t.shape)} {t.dtype} {row_keys(t.reshape(1,-1)).item() if t.numel() else 0}'.encode())
     return h.hexdigest()
 
-# %% ../nbs/02_teacher.ipynb #5469b891
+# %% ../nbs/02_teacher.ipynb #667ae36d
 def copy_of(
     model # A model
 ) -> nn.Module:
@@ -166,7 +166,7 @@ class Teacher:
         self.positions,self.renormalize = [None]*len(given),[None]*len(given)
         self.takes_first = False  # has an output several tensors, of which the first is taken?
 
-# %% ../nbs/02_teacher.ipynb #9098cb00
+# %% ../nbs/02_teacher.ipynb #89ed574f
 def _checked_statistics(normalize):
     "`(mean, std)`, each a list of one number for each channel; `()` for images that are not normalized"
     if hasattr(normalize, '__len__') and not len(normalize): return ()
@@ -188,7 +188,7 @@ def _new_cache(self:Teacher, cache, topk):
                          "`cache=True`, or an `nn.Module`.")
     return LogitsCache(None if cache is True else cache, topk)
 
-# %% ../nbs/02_teacher.ipynb #41f6b1d3
+# %% ../nbs/02_teacher.ipynb #b6f7ca2c
 @patch
 def knowledge(self:Teacher, i:int) -> Knowledge:
     "What is known of model `i`: what the user says, else what its `Learner` does"
@@ -221,7 +221,7 @@ def adapt(self:Teacher,
         self._warn_of_config(self.models[i], student, known)
     return list(dict.fromkeys(notes))
 
-# %% ../nbs/02_teacher.ipynb #e437fdfc
+# %% ../nbs/02_teacher.ipynb #ba1ca1c8
 def normalization_between(
     student, # `(mean, std)` of the student's images, `()` for none
     teacher # The same of the teacher's; `None` if it is not known
@@ -243,7 +243,7 @@ def _warn_of_config(self:Teacher, model, student, known):
                       "which the student's data are not. If it was trained so, say `Teacher(model, "
                       f"normalize=({tuple(mean)}, {tuple(std)}))`.")
 
-# %% ../nbs/02_teacher.ipynb #d84086e6
+# %% ../nbs/02_teacher.ipynb #210ed2f7
 @patch
 def inputs_of(self:Teacher, *xb) -> tuple:
     "The first model's inputs for the student's"
@@ -273,13 +273,13 @@ def _formatted(self:Teacher, i, x):
     if dtype == torch.float32 and torch.is_autocast_enabled(x.device.type): dtype = x.dtype
     return x.to(dtype, memory_format=torch.channels_last if self.channels_last and x.ndim == 4 else torch.preserve_format, copy=True)
 
-# %% ../nbs/02_teacher.ipynb #75d64ead
+# %% ../nbs/02_teacher.ipynb #adbaeeea
 def own_dtype(model) -> torch.dtype|None:
     "The dtype of a model's floating point parameters, `None` if there are none or several"
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} if isinstance(model, nn.Module) else set()
     return dtypes.pop() if len(dtypes) == 1 else None
 
-# %% ../nbs/02_teacher.ipynb #16f8ffe6
+# %% ../nbs/02_teacher.ipynb #bab92c90
 @patch
 @torch.no_grad()
 def run(self:Teacher,
@@ -298,7 +298,7 @@ def __call__(self:Teacher, *xb) -> Tensor:
     "The logits for the inputs `xb`; of an ensemble those of the mean probabilities, the classes on the last axis."
     return mean_logits(self.run(*xb).logits)
 
-# %% ../nbs/02_teacher.ipynb #ad35ab3a
+# %% ../nbs/02_teacher.ipynb #089898d7
 @contextmanager
 def eval_when_called(
     modules=() # Modules that are known
@@ -327,7 +327,7 @@ def at_rest(
     named = [*found.nonlocals.values(), *found.globals.values()] if found else list(getattr(model, '__dict__', {}).values())
     return partial(eval_when_called, [m for o in named if isinstance(o, nn.Module) for m in o.modules()])
 
-# %% ../nbs/02_teacher.ipynb #8cd30319
+# %% ../nbs/02_teacher.ipynb #0f25afff
 @patch
 @contextmanager
 def _resting(self:Teacher, xb):
@@ -374,7 +374,7 @@ def _hooks(self:Teacher, layers, xb):
     if layers not in self.hooks: self.hooks[layers] = FeatureHooks(self.model, layers, 'teacher', self._inputs(0, *xb))
     return self.hooks[layers]
 
-# %% ../nbs/02_teacher.ipynb #4b0eeefb
+# %% ../nbs/02_teacher.ipynb #4db56f17
 @patch
 def logits_for(self:Teacher,
     output:TeacherOutput, # Of `run`
@@ -392,13 +392,13 @@ def logits_for(self:Teacher,
             raise ValueError(f"`vocab` names {len(known)} classes, but the teacher outputs {z.shape[-1 if axis is None else axis]} logits: name each in the order of the logits.")
     return [z if p is None else z.index_select(-1 if axis is None else axis, torch.tensor(p, device=z.device)) for z,p in zip(zs, self.positions)]
 
-# %% ../nbs/02_teacher.ipynb #2211189c
+# %% ../nbs/02_teacher.ipynb #893be99b
 @patch(as_prop=True)
 def model(self:Teacher):
     "The first model, the one whose activations are compared; while open, as it runs"
     return (self.running or self.models)[0]
 
-# %% ../nbs/02_teacher.ipynb #d8ff169e
+# %% ../nbs/02_teacher.ipynb #71fc0f12
 @patch
 def open(self:Teacher,
     device=None, # Where the student's inputs are; `None` to leave the models where they are
@@ -420,7 +420,7 @@ def _move(self:Teacher, model, device):
     self.moved.append((model, *homes))
     model.to(device)
 
-# %% ../nbs/02_teacher.ipynb #eaa9434f
+# %% ../nbs/02_teacher.ipynb #01e7821e
 @patch
 def close(self:Teacher):
     "Put the models back where they were."
@@ -449,7 +449,7 @@ def on(self:Teacher,
         yield self
     finally: self.close()
 
-# %% ../nbs/02_teacher.ipynb #630263dc
+# %% ../nbs/02_teacher.ipynb #a6a634fe
 @patch
 def begin(self:Teacher, learn):
     "Called before the first batch of a distillation in `learn`."
@@ -469,7 +469,7 @@ def reset(self:Teacher):
     for m in self.running or self.models:
         if hasattr(m, 'reset'): m.reset()
 
-# %% ../nbs/02_teacher.ipynb #bfc12311
+# %% ../nbs/02_teacher.ipynb #01b2836d
 @patch
 def _cached(self:Teacher, *xb):
     "The logits from the cache; the models run on inputs that are new to it"
@@ -480,7 +480,7 @@ def _cached(self:Teacher, *xb):
     z = self.cache.run(lambda *xb: torch.stack(self._forward(*xb, mapped=True).logits, 1), *xb, precision=precision)
     return list(z.to(device).unbind(1))
 
-# %% ../nbs/02_teacher.ipynb #08d02b34
+# %% ../nbs/02_teacher.ipynb #4af76e67
 @patch
 def __repr__(self:Teacher):
     settings = {k: getattr(self, k) for k in ('dtype','channels_last','compile','inputs','outputs','probs','cache')}

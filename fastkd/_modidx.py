@@ -762,6 +762,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fastkd.session.Session.leaves_result': ('session.html#session.leaves_result', 'fastkd/session.py'),
                                 'fastkd.session.Session.loss_state_dict': ('session.html#session.loss_state_dict', 'fastkd/session.py'),
                                 'fastkd.session.Session.open': ('session.html#session.open', 'fastkd/session.py'),
+                                'fastkd.session.Session.pair_layers': ('session.html#session.pair_layers', 'fastkd/session.py'),
                                 'fastkd.session.Session.prepare': ('session.html#session.prepare', 'fastkd/session.py'),
                                 'fastkd.session.Session.term_value': ('session.html#session.term_value', 'fastkd/session.py'),
                                 'fastkd.session.Session.term_values': ('session.html#session.term_values', 'fastkd/session.py'),

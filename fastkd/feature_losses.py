@@ -32,7 +32,9 @@ class FeatureLoss(KDLoss):
         if x.ndim < 2: raise ValueError(f"An activation needs a batch and channels, got shape {tuple(x.shape)}.")
         axis = self.channel_axis[i] if isinstance(self.channel_axis, (tuple,list)) else self.channel_axis
         if axis is None: axis = -1 if x.ndim == 3 else 1
-        if not -x.ndim <= axis < x.ndim: raise ValueError(f"There is no axis {axis} for the channels in an activation of shape {tuple(x.shape)}: check `channel_axis`.")
+        if not -x.ndim <= axis < x.ndim:
+            raise ValueError(f"There is no axis {axis} for the channels in an activation of shape {tuple(x.shape)}: check "
+                             "`channel_axis`.")
         return x.movedim(axis, 1)
 
     def pairs(self, fm_s, fm_t):
@@ -45,7 +47,7 @@ class FeatureLoss(KDLoss):
     def forward(self, fm_s, fm_t): return sum(self.pair_loss(s, t) for s,t in self.pairs(fm_s, fm_t))
     def pair_loss(self, s, t): raise NotImplementedError
 
-# %% ../nbs/00b_feature_losses.ipynb #7d322280
+# %% ../nbs/00b_feature_losses.ipynb #4d21bdf0
 def same_places(
     s:Tensor, # Activation `(B, c, ...)` of the student
     t:Tensor, # Activation `(B, c', ...)` of the teacher
@@ -109,7 +111,9 @@ class Attention(FeatureLoss):
 
     def pair_loss(self, s, t):
         s,t = same_size(s, t)
-        if s.ndim == 2: raise ValueError("Attention compares the places of maps, and vectors `(B, c)` have none: name layers before the pooling.")
+        if s.ndim == 2:
+            raise ValueError("Attention compares the places of maps, and vectors `(B, c)` have none: name layers before the "
+                             "pooling.")
         return F.mse_loss(attention_map(s, self.p), attention_map(t, self.p))
 
     def extra_repr(self): return f'p={self.p}'
@@ -183,7 +187,8 @@ class RKD(FeatureLoss):
     def pair_loss(self, s, t):
         s,t = embedding(s, self.pool),embedding(t, self.pool)
         if len(s) < 2:
-            raise ValueError("RKD compares the images of a batch and got a single one: drop the last batch, or choose another batch size.")
+            raise ValueError("RKD compares the images of a batch and got a single one: drop the last batch, or choose another "
+                             "batch size.")
         return self.distance*F.smooth_l1_loss(distances(s), distances(t)) + self.angle*angle_loss(s, t)
 
     def extra_repr(self): return f'distance={self.distance}, angle={self.angle}'
@@ -242,7 +247,8 @@ class NST(FeatureLoss):
     paper = (1., 50.)
     def pair_loss(self, s, t):
         s,t = same_size(s, t)
-        if s.ndim == 2: raise ValueError("NST compares the maps of channels, and vectors `(B, c)` have none: name layers before the pooling.")
+        if s.ndim == 2:
+            raise ValueError("NST compares the maps of channels, and vectors `(B, c)` have none: name layers before the pooling.")
         s,t = s.flatten(2),t.flatten(2)
         if s.shape[2] < min(s.shape[1], t.shape[1]): # fewer places than channels
             s,t = unit(s),unit(t)
@@ -452,7 +458,8 @@ class ReviewKD(TrainedFeatureLoss):
         ndim = max(3, *(x.ndim for pair in pairs for x in pair))
         pairs = [tuple(x[(...,)+(None,)*(ndim-2)] if x.ndim == 2 else x for x in pair) for pair in pairs]
         if any(x.ndim != ndim for pair in pairs for x in pair):
-            raise ValueError(f"ReviewKD fuses stages of one kind: got {[(tuple(s.shape), tuple(t.shape)) for s,t in pairs]} (channels first).")
+            raise ValueError(f"ReviewKD fuses stages of one kind: got {[(tuple(s.shape), tuple(t.shape)) for s,t in pairs]} "
+                             "(channels first).")
         if any(b > a for (x,_),(y,_) in zip(pairs, pairs[1:]) for a,b in zip(x.shape[2:], y.shape[2:])):
             raise ValueError("ReviewKD fuses from deep to shallow: name the layers from shallow (large maps) to deep (small maps).")
         return pairs

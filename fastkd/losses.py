@@ -44,7 +44,7 @@ loss_inputs = 'pred','teacher_pred','target','fm_s','fm_t','axis','ignore_index'
 @lru_cache(maxsize=None)
 def _arguments(forward): return signature(forward).parameters
 
-# %% ../nbs/00_losses.ipynb #cb1aebe6
+# %% ../nbs/00_losses.ipynb #326c84d0
 def shown(T):
     "A temperature as text: of a schedule its name, without the address"
     return getattr(T, '__name__', getattr(getattr(T, 'func', None), '__name__', type(T).__name__)) if callable(T) else T

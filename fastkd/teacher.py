@@ -25,7 +25,7 @@ __all__ = ['TeacherOutput', 'Knowledge', 'logits_of', 'has_several', 'makes_mode
            'architecture', 'digest', 'copy_of', 'Teacher', 'normalization_between', 'own_dtype', 'eval_when_called',
            'at_rest', 'described']
 
-# %% ../nbs/02_teacher.ipynb #8a1a7ea9
+# %% ../nbs/02_teacher.ipynb #0b69af38
 #: what a teacher says of a batch: `logits`, a tensor for each model, and `activations`, a dictionary from layer name to tensor
 TeacherOutput = namedtuple('TeacherOutput', 'logits activations')
 
@@ -65,7 +65,7 @@ def _model_of(teacher):
     raise TypeError("A teacher is a trained model (an `nn.Module`), a `Learner`, a callable from inputs to logits, or a "
                     f"list of these, got {got}.")
 
-# %% ../nbs/02_teacher.ipynb #6df3f66c
+# %% ../nbs/02_teacher.ipynb #9700a86f
 def makes_models(
     f # What was given as a teacher
 ) -> bool:
@@ -75,7 +75,7 @@ def makes_models(
     params = inspect.signature(f).parameters
     return not params or bool({'weights','pretrained'} & set(params))
 
-# %% ../nbs/02_teacher.ipynb #a7bc410c
+# %% ../nbs/02_teacher.ipynb #40b2c86c
 #: what a teacher's `Learner` knows: `classes` and `words` (lists), `normalize` (mean and std of each channel; `()` for none); `None` for what is not known
 Knowledge = namedtuple('Knowledge', 'classes words normalize', defaults=(None,None,None))
 
@@ -91,7 +91,7 @@ def knowledge_of(
     mean_std = () if norm is None or norm.mean is None else tuple(torch.as_tensor(o).flatten().tolist() for o in (norm.mean,norm.std))
     return Knowledge(classes, words, mean_std if dls is not None else None)
 
-# %% ../nbs/02_teacher.ipynb #8ad34044
+# %% ../nbs/02_teacher.ipynb #29c55e25
 def class_positions(
     student:list, # Classes of the student, in the order of its logits
     teacher:list # Classes of the teacher
@@ -111,7 +111,7 @@ def architecture(
     "The layers of `model` as text that is the same in every process: without the addresses of functions in it."
     return re.sub(' at 0x[0-9a-f]+', '', str(model))
 
-# %% ../nbs/02_teacher.ipynb #09e65f6c
+# %% ../nbs/02_teacher.ipynb #3d3209bf
 def digest(
     models, # Modules
     *settings # What else decides their outputs
@@ -126,7 +126,7 @@ def digest(
                 if isinstance(t, Tensor): h.update(f'{name} {tuple(t.shape)} {t.dtype} {row_keys(t.reshape(1,-1)).item() if t.numel() else 0}'.encode())
     return h.hexdigest()
 
-# %% ../nbs/02_teacher.ipynb #667ae36d
+# %% ../nbs/02_teacher.ipynb #5a7ab74c
 def copy_of(
     model # A model
 ) -> nn.Module:
@@ -166,7 +166,7 @@ class Teacher:
         self.positions,self.renormalize = [None]*len(given),[None]*len(given)
         self.takes_first = False  # has an output several tensors, of which the first is taken?
 
-# %% ../nbs/02_teacher.ipynb #89ed574f
+# %% ../nbs/02_teacher.ipynb #c7dd1fcc
 def _checked_statistics(normalize):
     "`(mean, std)`, each a list of one number for each channel; `()` for images that are not normalized"
     if hasattr(normalize, '__len__') and not len(normalize): return ()
@@ -188,7 +188,7 @@ def _new_cache(self:Teacher, cache, topk):
                          "`cache=True`, or an `nn.Module`.")
     return LogitsCache(None if cache is True else cache, topk)
 
-# %% ../nbs/02_teacher.ipynb #b6f7ca2c
+# %% ../nbs/02_teacher.ipynb #9f3c4f64
 @patch
 def knowledge(self:Teacher, i:int) -> Knowledge:
     "What is known of model `i`: what the user says, else what its `Learner` does"
@@ -221,7 +221,7 @@ def adapt(self:Teacher,
         self._warn_of_config(self.models[i], student, known)
     return list(dict.fromkeys(notes))
 
-# %% ../nbs/02_teacher.ipynb #ba1ca1c8
+# %% ../nbs/02_teacher.ipynb #bb92e967
 def normalization_between(
     student, # `(mean, std)` of the student's images, `()` for none
     teacher # The same of the teacher's; `None` if it is not known
@@ -231,7 +231,8 @@ def normalization_between(
     (m,s),(M,S) = [o if len(o) else ([0.],[1.]) for o in (student,teacher)]
     m,s,M,S = [torch.as_tensor(o, dtype=torch.float64).flatten() for o in (m,s,M,S)]
     factor,summand = s/S,(m-M)/S
-    return None if torch.allclose(factor, torch.ones_like(factor), atol=1e-5) and torch.allclose(summand, torch.zeros_like(summand), atol=1e-5) else (factor,summand)
+    same = ((factor-1).abs() < 1e-5).all() and (summand.abs() < 1e-5).all()
+    return None if same else (factor,summand)
 
 @patch
 def _warn_of_config(self:Teacher, model, student, known):
@@ -243,7 +244,7 @@ def _warn_of_config(self:Teacher, model, student, known):
                       "which the student's data are not. If it was trained so, say `Teacher(model, "
                       f"normalize=({tuple(mean)}, {tuple(std)}))`.")
 
-# %% ../nbs/02_teacher.ipynb #210ed2f7
+# %% ../nbs/02_teacher.ipynb #eefa51a2
 @patch
 def inputs_of(self:Teacher, *xb) -> tuple:
     "The first model's inputs for the student's"
@@ -267,19 +268,20 @@ def _formatted(self:Teacher, i, x):
     if not x.is_floating_point(): return x.clone()
     if self.renormalize[i] is not None and x.ndim == 4:
         factor,summand = [o.to(x)[:,None,None] for o in self.renormalize[i]]
-        if len(factor) not in (1, x.shape[1]): raise ValueError(f"`normalize` has {len(factor)} channels, but the images have {x.shape[1]}.")
+        if len(factor) not in (1, x.shape[1]):
+            raise ValueError(f"`normalize` has {len(factor)} channels, but the images have {x.shape[1]}.")
         x = x*factor + summand
     dtype = (self.dtypes[i] if self.dtypes else self.dtype or own_dtype(self.models[i])) or x.dtype
     if dtype == torch.float32 and torch.is_autocast_enabled(x.device.type): dtype = x.dtype
     return x.to(dtype, memory_format=torch.channels_last if self.channels_last and x.ndim == 4 else torch.preserve_format, copy=True)
 
-# %% ../nbs/02_teacher.ipynb #adbaeeea
+# %% ../nbs/02_teacher.ipynb #2e28133d
 def own_dtype(model) -> torch.dtype|None:
     "The dtype of a model's floating point parameters, `None` if there are none or several"
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} if isinstance(model, nn.Module) else set()
     return dtypes.pop() if len(dtypes) == 1 else None
 
-# %% ../nbs/02_teacher.ipynb #bab92c90
+# %% ../nbs/02_teacher.ipynb #015ccf98
 @patch
 @torch.no_grad()
 def run(self:Teacher,
@@ -298,7 +300,7 @@ def __call__(self:Teacher, *xb) -> Tensor:
     "The logits for the inputs `xb`; of an ensemble those of the mean probabilities, the classes on the last axis."
     return mean_logits(self.run(*xb).logits)
 
-# %% ../nbs/02_teacher.ipynb #089898d7
+# %% ../nbs/02_teacher.ipynb #d92adc31
 @contextmanager
 def eval_when_called(
     modules=() # Modules that are known
@@ -327,7 +329,7 @@ def at_rest(
     named = [*found.nonlocals.values(), *found.globals.values()] if found else list(getattr(model, '__dict__', {}).values())
     return partial(eval_when_called, [m for o in named if isinstance(o, nn.Module) for m in o.modules()])
 
-# %% ../nbs/02_teacher.ipynb #0f25afff
+# %% ../nbs/02_teacher.ipynb #10eacc78
 @patch
 @contextmanager
 def _resting(self:Teacher, xb):
@@ -374,7 +376,7 @@ def _hooks(self:Teacher, layers, xb):
     if layers not in self.hooks: self.hooks[layers] = FeatureHooks(self.model, layers, 'teacher', self._inputs(0, *xb))
     return self.hooks[layers]
 
-# %% ../nbs/02_teacher.ipynb #4db56f17
+# %% ../nbs/02_teacher.ipynb #c96ba5ea
 @patch
 def logits_for(self:Teacher,
     output:TeacherOutput, # Of `run`
@@ -389,16 +391,17 @@ def logits_for(self:Teacher,
     for z,p,i in zip(zs, self.positions, range(len(zs))):
         known = self.knowledge(i).classes
         if self.vocab is not None and p is not None and len(known) != z.shape[-1 if axis is None else axis]:
-            raise ValueError(f"`vocab` names {len(known)} classes, but the teacher outputs {z.shape[-1 if axis is None else axis]} logits: name each in the order of the logits.")
+            raise ValueError(f"`vocab` names {len(known)} classes, but the teacher outputs {z.shape[-1 if axis is None else axis]} "
+                             "logits: name each in the order of the logits.")
     return [z if p is None else z.index_select(-1 if axis is None else axis, torch.tensor(p, device=z.device)) for z,p in zip(zs, self.positions)]
 
-# %% ../nbs/02_teacher.ipynb #893be99b
+# %% ../nbs/02_teacher.ipynb #f5e5e8a8
 @patch(as_prop=True)
 def model(self:Teacher):
     "The first model, the one whose activations are compared; while open, as it runs"
     return (self.running or self.models)[0]
 
-# %% ../nbs/02_teacher.ipynb #71fc0f12
+# %% ../nbs/02_teacher.ipynb #d631a19c
 @patch
 def open(self:Teacher,
     device=None, # Where the student's inputs are; `None` to leave the models where they are
@@ -420,7 +423,7 @@ def _move(self:Teacher, model, device):
     self.moved.append((model, *homes))
     model.to(device)
 
-# %% ../nbs/02_teacher.ipynb #01e7821e
+# %% ../nbs/02_teacher.ipynb #b3c60cc7
 @patch
 def close(self:Teacher):
     "Put the models back where they were."
@@ -449,7 +452,7 @@ def on(self:Teacher,
         yield self
     finally: self.close()
 
-# %% ../nbs/02_teacher.ipynb #a6a634fe
+# %% ../nbs/02_teacher.ipynb #f329568e
 @patch
 def begin(self:Teacher, learn):
     "Called before the first batch of a distillation in `learn`."
@@ -469,7 +472,7 @@ def reset(self:Teacher):
     for m in self.running or self.models:
         if hasattr(m, 'reset'): m.reset()
 
-# %% ../nbs/02_teacher.ipynb #01b2836d
+# %% ../nbs/02_teacher.ipynb #047f8308
 @patch
 def _cached(self:Teacher, *xb):
     "The logits from the cache; the models run on inputs that are new to it"
@@ -480,7 +483,7 @@ def _cached(self:Teacher, *xb):
     z = self.cache.run(lambda *xb: torch.stack(self._forward(*xb, mapped=True).logits, 1), *xb, precision=precision)
     return list(z.to(device).unbind(1))
 
-# %% ../nbs/02_teacher.ipynb #4af76e67
+# %% ../nbs/02_teacher.ipynb #e2027272
 @patch
 def __repr__(self:Teacher):
     settings = {k: getattr(self, k) for k in ('dtype','channels_last','compile','inputs','outputs','probs','cache')}

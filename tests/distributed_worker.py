@@ -1,5 +1,5 @@
 "One process of a distributed fit: `python distributed_worker.py OUT LOSS`, with RANK, WORLD_SIZE and the like in the environment"
-import sys, warnings
+import os, sys, warnings
 warnings.filterwarnings('ignore')
 import torch
 from torch import nn
@@ -32,3 +32,5 @@ if __name__ == '__main__':
     watch = Callback(after_train=lambda cb: params.extend(p.detach().clone() for p in kd.session.loss_params.params))
     with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(2, cbs=[kd, watch])
     torch.save({'model': weights(learn.model), 'params': params, 'row': list(learn.recorder.values[-1]), 'hooks': len(hooks(learn.model))}, f'{out}/rank{rank_distrib()}.pth')
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads sometimes abort an interpreter that ends

@@ -82,7 +82,7 @@ class KnowledgeDistillationCallback(Callback):
             self.session.close()
             self.session = None
 
-# %% ../nbs/03_callback.ipynb #f9757276
+# %% ../nbs/03_callback.ipynb #9ff0ac74
 @patch(as_prop=True)
 def curves(self:KnowledgeDistillationCallback) -> dict:
     "`{'train': {term: a value for each batch}, 'weights': the same of its weight, 'steps': batches trained by the end of each epoch}`; empty before a fit."
@@ -95,13 +95,13 @@ def pairs(self:KnowledgeDistillationCallback) -> list:
     if self.session is not None: return self.session.all_pairs
     return (self.named_pairs or []) if self.result is None else self.result.pairs
 
-# %% ../nbs/03_callback.ipynb #588d51f8
+# %% ../nbs/03_callback.ipynb #a4f9f253
 @patch
 def __repr__(self:KnowledgeDistillationCallback):
     if self.session is not None and self.session.task is not None: return self.session.describe()
     return f"Distilling from {self.teacher}: {self.objective or 'the loss that suits the learner'}" if self.result is None else self.result.description
 
-# %% ../nbs/03_callback.ipynb #2163ca7b
+# %% ../nbs/03_callback.ipynb #bfe430ef
 @patch(as_prop=True)
 def loss_state(self:KnowledgeDistillationCallback) -> dict:
     "What the parameters of losses start from: what was loaded, else where the last fit of the same student left them"
@@ -147,7 +147,7 @@ def _distilling(original):
 
 Learner.fit = _distilling(_original(Learner.fit))
 
-# %% ../nbs/03_callback.ipynb #f978350d
+# %% ../nbs/03_callback.ipynb #668d28d0
 def _without_distillation(original):
     "`Learner.export` that leaves the distillation out"
     @functools.wraps(original)

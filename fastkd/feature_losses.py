@@ -47,7 +47,7 @@ class FeatureLoss(KDLoss):
     def forward(self, fm_s, fm_t): return sum(self.pair_loss(s, t) for s,t in self.pairs(fm_s, fm_t))
     def pair_loss(self, s, t): raise NotImplementedError
 
-# %% ../nbs/00b_feature_losses.ipynb #4d21bdf0
+# %% ../nbs/00b_feature_losses.ipynb #f6930a4e
 def same_places(
     s:Tensor, # Activation `(B, c, ...)` of the student
     t:Tensor, # Activation `(B, c', ...)` of the teacher

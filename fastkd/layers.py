@@ -48,7 +48,7 @@ def get_model_layers(
     "The dotted names of all layers of `model`, nested ones included, in the model's order."
     return {n:repr(l) for n,l in named_layers(model)} if get_layer_repr else [n for n,_ in named_layers(model)]
 
-# %% ../nbs/01_layers.ipynb #0db83d58
+# %% ../nbs/01_layers.ipynb #a2f908e3
 def layer_name(
     model, # A model or a `Learner`
     layer, # Dotted name of a layer, or the layer itself
@@ -112,7 +112,7 @@ def has_compiled(
     modules = (model.model if isinstance(model, Learner) else model).modules()
     return any('_orig_mod' in m._modules or m._compiled_call_impl is not None for m in modules)
 
-# %% ../nbs/01_layers.ipynb #440f23a2
+# %% ../nbs/01_layers.ipynb #22fc7c62
 def restorer(v, depth:int=4):
     "A function that puts back what the container or tensor `v` holds now, and what is in it"
     if isinstance(v, nn.Parameter) or isinstance(v, nn.Module) or not depth: return noop
@@ -535,7 +535,7 @@ def run(self:FeatureHooks,
         if self.calls == len(self.layers) and same_state(before, state_of(self.model)): self.once_for.add(shapes)
         return output
 
-# %% ../nbs/01_layers.ipynb #6f8f6cc3
+# %% ../nbs/01_layers.ipynb #859b6026
 def held(v, depth:int=3):
     "What `v` holds, for comparison: numbers, texts, the objects themselves, and how often tensors were changed in place"
     if isinstance(v, Tensor): return v,v._version if not v.is_inference() else 0

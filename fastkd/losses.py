@@ -44,7 +44,7 @@ loss_inputs = 'pred','teacher_pred','target','fm_s','fm_t','axis','ignore_index'
 @lru_cache(maxsize=None)
 def _arguments(forward): return signature(forward).parameters
 
-# %% ../nbs/00_losses.ipynb #326c84d0
+# %% ../nbs/00_losses.ipynb #17ecc6bc
 def shown(T):
     "A temperature as text: of a schedule its name, without the address"
     return getattr(T, '__name__', getattr(getattr(T, 'func', None), '__name__', type(T).__name__)) if callable(T) else T
@@ -105,7 +105,9 @@ def needs_logits(self:KDLoss): return 'teacher_pred' in self.needs
 def needs_features(self:KDLoss): return 'fm_s' in self.needs or 'fm_t' in self.needs
 
 @patch(as_prop=True)
-def needs_labels(self:KDLoss): return 'target' in self.arguments and self.arguments['target'].default is Parameter.empty
+def needs_labels(self:KDLoss):
+    target = _arguments(type(self).forward).get('target')
+    return target is not None and target.default is Parameter.empty
 
 # %% ../nbs/00_losses.ipynb #5a938cd7
 @patch(as_prop=True)

@@ -25,7 +25,7 @@ __all__ = ['TeacherOutput', 'Knowledge', 'logits_of', 'has_several', 'makes_mode
            'architecture', 'digest', 'copy_of', 'Teacher', 'normalization_between', 'own_dtype', 'eval_when_called',
            'at_rest', 'described']
 
-# %% ../nbs/02_teacher.ipynb #0b69af38
+# %% ../nbs/02_teacher.ipynb #f0a9c7ae
 #: what a teacher says of a batch: `logits`, a tensor for each model, and `activations`, a dictionary from layer name to tensor
 TeacherOutput = namedtuple('TeacherOutput', 'logits activations')
 
@@ -34,6 +34,7 @@ def logits_of(
     output # The output of a model
 ) -> Tensor:
     "The logits in a model's output: its `logits` if it has them, else its first tensor. Raises `TypeError` if there is no tensor."
+    if isinstance(output, Tensor): return output.clone() if output.is_inference() else output  # inference tensors cannot be saved for backward
     if isinstance(output, nn.Module):
         raise TypeError(f"The teacher returned a model ({type(output).__name__}): it is a function that makes a model, so "
                         "call it.")
@@ -65,7 +66,7 @@ def _model_of(teacher):
     raise TypeError("A teacher is a trained model (an `nn.Module`), a `Learner`, a callable from inputs to logits, or a "
                     f"list of these, got {got}.")
 
-# %% ../nbs/02_teacher.ipynb #9700a86f
+# %% ../nbs/02_teacher.ipynb #7e1f9ced
 def makes_models(
     f # What was given as a teacher
 ) -> bool:
@@ -75,7 +76,7 @@ def makes_models(
     params = inspect.signature(f).parameters
     return not params or bool({'weights','pretrained'} & set(params))
 
-# %% ../nbs/02_teacher.ipynb #40b2c86c
+# %% ../nbs/02_teacher.ipynb #737bb627
 #: what a teacher's `Learner` knows: `classes` and `words` (lists), `normalize` (mean and std of each channel; `()` for none); `None` for what is not known
 Knowledge = namedtuple('Knowledge', 'classes words normalize', defaults=(None,None,None))
 
@@ -91,7 +92,7 @@ def knowledge_of(
     mean_std = () if norm is None or norm.mean is None else tuple(torch.as_tensor(o).flatten().tolist() for o in (norm.mean,norm.std))
     return Knowledge(classes, words, mean_std if dls is not None else None)
 
-# %% ../nbs/02_teacher.ipynb #29c55e25
+# %% ../nbs/02_teacher.ipynb #f595d254
 def class_positions(
     student:list, # Classes of the student, in the order of its logits
     teacher:list # Classes of the teacher
@@ -111,7 +112,7 @@ def architecture(
     "The layers of `model` as text that is the same in every process: without the addresses of functions in it."
     return re.sub(' at 0x[0-9a-f]+', '', str(model))
 
-# %% ../nbs/02_teacher.ipynb #3d3209bf
+# %% ../nbs/02_teacher.ipynb #0eef8825
 def digest(
     models, # Modules
     *settings # What else decides their outputs
@@ -126,7 +127,7 @@ def digest(
                 if isinstance(t, Tensor): h.update(f'{name} {tuple(t.shape)} {t.dtype} {row_keys(t.reshape(1,-1)).item() if t.numel() else 0}'.encode())
     return h.hexdigest()
 
-# %% ../nbs/02_teacher.ipynb #5a7ab74c
+# %% ../nbs/02_teacher.ipynb #ad613e27
 def copy_of(
     model # A model
 ) -> nn.Module:
@@ -166,7 +167,7 @@ class Teacher:
         self.positions,self.renormalize = [None]*len(given),[None]*len(given)
         self.takes_first = False  # has an output several tensors, of which the first is taken?
 
-# %% ../nbs/02_teacher.ipynb #c7dd1fcc
+# %% ../nbs/02_teacher.ipynb #a2ba587b
 def _checked_statistics(normalize):
     "`(mean, std)`, each a list of one number for each channel; `()` for images that are not normalized"
     if hasattr(normalize, '__len__') and not len(normalize): return ()
@@ -188,7 +189,7 @@ def _new_cache(self:Teacher, cache, topk):
                          "`cache=True`, or an `nn.Module`.")
     return LogitsCache(None if cache is True else cache, topk)
 
-# %% ../nbs/02_teacher.ipynb #9f3c4f64
+# %% ../nbs/02_teacher.ipynb #78a161d1
 @patch
 def knowledge(self:Teacher, i:int) -> Knowledge:
     "What is known of model `i`: what the user says, else what its `Learner` does"
@@ -221,7 +222,7 @@ def adapt(self:Teacher,
         self._warn_of_config(self.models[i], student, known)
     return list(dict.fromkeys(notes))
 
-# %% ../nbs/02_teacher.ipynb #bb92e967
+# %% ../nbs/02_teacher.ipynb #06f1c046
 def normalization_between(
     student, # `(mean, std)` of the student's images, `()` for none
     teacher # The same of the teacher's; `None` if it is not known
@@ -244,7 +245,7 @@ def _warn_of_config(self:Teacher, model, student, known):
                       "which the student's data are not. If it was trained so, say `Teacher(model, "
                       f"normalize=({tuple(mean)}, {tuple(std)}))`.")
 
-# %% ../nbs/02_teacher.ipynb #eefa51a2
+# %% ../nbs/02_teacher.ipynb #357aee24
 @patch
 def inputs_of(self:Teacher, *xb) -> tuple:
     "The first model's inputs for the student's"
@@ -275,13 +276,13 @@ def _formatted(self:Teacher, i, x):
     if dtype == torch.float32 and torch.is_autocast_enabled(x.device.type): dtype = x.dtype
     return x.to(dtype, memory_format=torch.channels_last if self.channels_last and x.ndim == 4 else torch.preserve_format, copy=True)
 
-# %% ../nbs/02_teacher.ipynb #2e28133d
+# %% ../nbs/02_teacher.ipynb #025ae612
 def own_dtype(model) -> torch.dtype|None:
     "The dtype of a model's floating point parameters, `None` if there are none or several"
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} if isinstance(model, nn.Module) else set()
     return dtypes.pop() if len(dtypes) == 1 else None
 
-# %% ../nbs/02_teacher.ipynb #015ccf98
+# %% ../nbs/02_teacher.ipynb #e62e4800
 @patch
 @torch.no_grad()
 def run(self:Teacher,
@@ -300,7 +301,7 @@ def __call__(self:Teacher, *xb) -> Tensor:
     "The logits for the inputs `xb`; of an ensemble those of the mean probabilities, the classes on the last axis."
     return mean_logits(self.run(*xb).logits)
 
-# %% ../nbs/02_teacher.ipynb #d92adc31
+# %% ../nbs/02_teacher.ipynb #ba617784
 @contextmanager
 def eval_when_called(
     modules=() # Modules that are known
@@ -329,7 +330,7 @@ def at_rest(
     named = [*found.nonlocals.values(), *found.globals.values()] if found else list(getattr(model, '__dict__', {}).values())
     return partial(eval_when_called, [m for o in named if isinstance(o, nn.Module) for m in o.modules()])
 
-# %% ../nbs/02_teacher.ipynb #10eacc78
+# %% ../nbs/02_teacher.ipynb #f43de356
 @patch
 @contextmanager
 def _resting(self:Teacher, xb):
@@ -376,7 +377,7 @@ def _hooks(self:Teacher, layers, xb):
     if layers not in self.hooks: self.hooks[layers] = FeatureHooks(self.model, layers, 'teacher', self._inputs(0, *xb))
     return self.hooks[layers]
 
-# %% ../nbs/02_teacher.ipynb #c96ba5ea
+# %% ../nbs/02_teacher.ipynb #fce6ed11
 @patch
 def logits_for(self:Teacher,
     output:TeacherOutput, # Of `run`
@@ -395,13 +396,13 @@ def logits_for(self:Teacher,
                              "logits: name each in the order of the logits.")
     return [z if p is None else z.index_select(-1 if axis is None else axis, torch.tensor(p, device=z.device)) for z,p in zip(zs, self.positions)]
 
-# %% ../nbs/02_teacher.ipynb #f5e5e8a8
+# %% ../nbs/02_teacher.ipynb #08ba640b
 @patch(as_prop=True)
 def model(self:Teacher):
     "The first model, the one whose activations are compared; while open, as it runs"
     return (self.running or self.models)[0]
 
-# %% ../nbs/02_teacher.ipynb #d631a19c
+# %% ../nbs/02_teacher.ipynb #26c6339e
 @patch
 def open(self:Teacher,
     device=None, # Where the student's inputs are; `None` to leave the models where they are
@@ -423,7 +424,7 @@ def _move(self:Teacher, model, device):
     self.moved.append((model, *homes))
     model.to(device)
 
-# %% ../nbs/02_teacher.ipynb #b3c60cc7
+# %% ../nbs/02_teacher.ipynb #3c898a65
 @patch
 def close(self:Teacher):
     "Put the models back where they were."
@@ -452,7 +453,7 @@ def on(self:Teacher,
         yield self
     finally: self.close()
 
-# %% ../nbs/02_teacher.ipynb #f329568e
+# %% ../nbs/02_teacher.ipynb #b3bd0820
 @patch
 def begin(self:Teacher, learn):
     "Called before the first batch of a distillation in `learn`."
@@ -472,7 +473,7 @@ def reset(self:Teacher):
     for m in self.running or self.models:
         if hasattr(m, 'reset'): m.reset()
 
-# %% ../nbs/02_teacher.ipynb #047f8308
+# %% ../nbs/02_teacher.ipynb #e340d6a4
 @patch
 def _cached(self:Teacher, *xb):
     "The logits from the cache; the models run on inputs that are new to it"
@@ -483,7 +484,7 @@ def _cached(self:Teacher, *xb):
     z = self.cache.run(lambda *xb: torch.stack(self._forward(*xb, mapped=True).logits, 1), *xb, precision=precision)
     return list(z.to(device).unbind(1))
 
-# %% ../nbs/02_teacher.ipynb #e2027272
+# %% ../nbs/02_teacher.ipynb #d2a9b60e
 @patch
 def __repr__(self:Teacher):
     settings = {k: getattr(self, k) for k in ('dtype','channels_last','compile','inputs','outputs','probs','cache')}

@@ -422,3 +422,14 @@ def test_lookahead_looks_ahead_for_the_losses_parameters_too():
     assert tidy()
     learn.fit(1, cbs=KnowledgeDistillationCallback(net(width=9, seed=8), FitNet, 'conv1', 'conv1', weight='paper'))
     assert tidy()
+
+@pytest.mark.parametrize('before', ['lr_find','load'])
+@pytest.mark.parametrize('opt_func', [SGD, Adam, lambda p, **kw: OptimWrapper(p, torch.optim.AdamW, **kw)], ids=['SGD','Adam','torch'])
+def test_losses_with_parameters_join_an_optimizer_that_was_loaded(tmp_path, before, opt_func):
+    "fastai's `load_state_dict` leaves a plain dictionary, which makes no entry for a new parameter"
+    learn = learner(opt_func=opt_func, path=tmp_path)
+    if before == 'lr_find': learn.lr_find(num_it=3, show_plot=False)
+    else: learn.fit(1); learn.load(learn.save('a').stem, weights_only=False)
+    kd = KnowledgeDistillationCallback(teacher(), FitNet, 'conv2', 'conv2')
+    learn.fit(2, cbs=kd)
+    assert len(kd.curves['train']['kd_loss']) == 6

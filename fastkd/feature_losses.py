@@ -45,7 +45,9 @@ class FeatureLoss(KDLoss):
         return [same_places(self.channels_first(s, 0), self.channels_first(t, 1)) for s,t in zip(fm_s.values(), fm_t.values())]
 
     def forward(self, fm_s, fm_t): return sum(self.pair_loss(s, t) for s,t in self.pairs(fm_s, fm_t))
-    def pair_loss(self, s, t): raise NotImplementedError
+    def pair_loss(self, s, t):
+        "One number for a pair of activations `(B, c, ...)`, channels first: what each loss defines"
+        raise NotImplementedError
 
 # %% ../nbs/00b_feature_losses.ipynb #f6930a4e
 def same_places(

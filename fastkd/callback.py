@@ -11,14 +11,14 @@ from fastai.callback.core import Callback
 from .layers import unwrap
 from .objective import Objective, suited_loss
 from .online_teachers import average_gradients
-from .session import Result, Session, as_pairs, autocast_left
+from .session import OwnEvents, Result, Session, as_pairs, autocast_left
 from .teacher import Teacher
 
 # %% auto #0
 __all__ = ['KnowledgeDistillationCallback']
 
 # %% ../nbs/03_callback.ipynb #3aad8ee1
-class KnowledgeDistillationCallback(Callback):
+class KnowledgeDistillationCallback(OwnEvents):
     """Train the learner's model, the student, with the help of a teacher.
 
     Distills during `fit` and `lr_find` only; `validate`, `get_preds` and `predict` see the plain student. If a layer runs several times in one forward pass,

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import math
 from functools import lru_cache, partial
-from inspect import Parameter, signature
+from inspect import Parameter, signature, unwrap
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
@@ -254,7 +254,9 @@ class FunctionLoss(KDLoss):
     @property
     def name(self): return getattr(self.fn, '__name__', type(self.fn).__name__)
     @property
-    def arguments(self): return signature(self.fn.forward if isinstance(self.fn, nn.Module) else self.fn).parameters
+    def arguments(self):
+        fn = unwrap(self.fn)  # fastai's losses wrap one of PyTorch
+        return signature(fn.forward if isinstance(fn, nn.Module) else fn).parameters
     def forward(self, **kwargs): return self.fn(**kwargs)
 
 # %% ../nbs/00_losses.ipynb #eb6d1ee9
@@ -270,15 +272,16 @@ def as_loss(
 # %% ../nbs/00_losses.ipynb #8d833115
 def _kl_block(student, teacher, T, out=None):
     "KL divergence of each row, and `p_s - p_t`, written to `out` if given"
-    z = torch.stack((student, teacher))
-    top = z.amax(-1, keepdim=True).clamp_(min=torch.finfo(z.dtype).min)  # a row of -inf keeps p = 0
-    p = z.sub_(top).mul_(1/T).exp_()  # in place from here on: memory
-    total = p.sum(-1, keepdim=True).clamp_(min=torch.finfo(z.dtype).tiny)
-    (lse_s,lse_t),(inv_s,inv_t) = torch.add(top, total.log(), alpha=T),total.reciprocal_()
-    h = torch.addcmul(p[0].mul_(inv_s), p[1], inv_t)
+    z = torch.stack((student, teacher)).mul_(1/T)
+    limits = torch.finfo(z.dtype)
+    top = z.amax(-1, keepdim=True).clamp_(min=limits.min)  # a row of -inf keeps p = 0
+    p = z.sub_(top).exp_()  # in place from here on: memory
+    total = p.sum(-1, keepdim=True).clamp_(min=limits.tiny)
+    h = p.mul_(total.reciprocal()).sum(0)
+    lse_s,lse_t = total.log_().add_(top).unbind()
     del z, p
     # a class that is masked with -inf in both models has v = NaN and h = 0; masked in the teacher alone, v = inf
-    v = torch.add((lse_t - lse_s).mul_(.5/T), student - teacher, alpha=.5/T).nan_to_num_(0., 1e30, -torch.inf)
+    v = torch.add((lse_t - lse_s).mul_(.5), student - teacher, alpha=.5/T).nan_to_num_(0., 1e30, -torch.inf)
     w = v.tanh()
     kl = torch.sub(w, v, out=v).lerp_(w, w).mul_(h).nansum(-1)
     m = w.mul_(h).sum(-1)  # NaN if a logit is NaN

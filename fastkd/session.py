@@ -169,7 +169,12 @@ def layer_pairs(
     return pairs
 
 # %% ../nbs/03b_session.ipynb #96f151a4
-class Session(Callback):
+class OwnEvents(Callback):
+    "A callback that leaves out events that it does not define; fastai's looks for each in the learner and its model, in every batch."
+    def __call__(self, event_name):
+        if hasattr(type(self), event_name): return super().__call__(event_name)
+
+class Session(OwnEvents):
     """All that lives as long as one fit.
 
     As a callback it is the last in each event, so that it sees a batch as the model will."""
@@ -201,6 +206,7 @@ class Session(Callback):
         self.facts = facts_of(learn.loss_func)  # before MixUp replaces the loss function
         learn.add_cb(self)
         learn.metrics = learn.metrics + self.columns
+        if not self.objective.weight: self.announce()  # no batch will: nothing is distilled
 
     def enter_validation(self):
         "Somebody validates inside the fit: that has no columns of ours"

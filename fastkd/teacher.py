@@ -389,11 +389,11 @@ def logits_for(self:Teacher,
     dtype = pred.dtype if pred.dtype.itemsize > 2 else torch.float32
     zs = [(z if type(z) is Tensor else z.as_subclass(Tensor)).to(pred.device, dtype) for z in output.logits]
     if self.probs: zs = [z.logit(eps=1e-7) if kind == 'binary' else z.clamp(min=torch.finfo(z.dtype).tiny).log() for z in zs]
-    for z,p,i in zip(zs, self.positions, range(len(zs))):
-        known = self.knowledge(i).classes
-        if self.vocab is not None and p is not None and len(known) != z.shape[-1 if axis is None else axis]:
-            raise ValueError(f"`vocab` names {len(known)} classes, but the teacher outputs {z.shape[-1 if axis is None else axis]} "
-                             "logits: name each in the order of the logits.")
+    for i,(z,p) in enumerate(zip(zs, self.positions)):
+        if self.vocab is None or p is None: continue
+        classes,columns = len(self.knowledge(i).classes),z.shape[-1 if axis is None else axis]
+        if classes != columns:
+            raise ValueError(f"`vocab` names {classes} classes, but the teacher outputs {columns} logits: name each in the order of the logits.")
     return [z if p is None else z.index_select(-1 if axis is None else axis, torch.tensor(p, device=z.device)) for z,p in zip(zs, self.positions)]
 
 # %% ../nbs/02_teacher.ipynb #08ba640b

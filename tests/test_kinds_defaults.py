@@ -389,6 +389,12 @@ def test_what_the_start_line_says_of_schedules(capsys):
         out = capsys.readouterr().out
         assert all(p in out for p in parts)
 
+def test_the_start_line_says_that_nothing_is_distilled(capsys):
+    learn = learner()
+    learn.logger = print
+    learn.fit(1, cbs=KD(net(seed=2), SoftTarget, weight=0))
+    assert '1·train_loss + 0·SoftTarget' in capsys.readouterr().out
+
 def test_when_nothing_is_said(capsys, monkeypatch):
     kd = KD(lin(3), SoftTarget)
     learn = learner(data(x, y), lin(), loss_func=F.cross_entropy, cbs=kd)

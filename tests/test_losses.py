@@ -2,6 +2,7 @@
 import copy, inspect, math, pickle, pytest, torch
 from torch import nn, tensor
 import torch.nn.functional as F
+from fastai.losses import CrossEntropyLossFlat, MSELossFlat
 from torch.autograd import gradcheck, gradgradcheck
 from fastkd.losses import *
 from fastkd.feature_losses import Attention, FeatureLoss, attention_map
@@ -549,3 +550,8 @@ def test_paper_weights():
     for loss,weights in want.items(): assert loss.paper == weights and loss().paper == weights
     assert SoftTarget(standardize=True).paper == (.1,9)
     assert (SoftTarget().T, SoftTarget(standardize=True).T, DecoupledKD().T, NormalizedKD().T, DIST().T, BinarySoftTarget().T, ChannelWise().T) == (5,2,4,1,1,2,1)
+
+@pytest.mark.parametrize('loss', [CrossEntropyLossFlat(), MSELossFlat(), nn.CrossEntropyLoss(), F.mse_loss, nn.KLDivLoss])
+def test_losses_of_fastai_and_pytorch_are_refused_at_once(loss):
+    "They name their arguments otherwise, also where fastai wraps one of PyTorch"
+    with pytest.raises(TypeError, match='requires input.*wrap it'): as_loss(loss)

@@ -211,3 +211,12 @@ def test_a_batch_with_labels_and_learners_without_a_batch():
     assert expected == match_layers(student, teacher, batch) == match_layers(s, t) == match_layers(student, t) == match_layers(s, teacher, batch)
     assert layer_table(s).equals(layer_table(student, batch))
     with pytest.raises(TypeError, match='Learner'): match_layers(student, teacher)
+
+def test_vectors_are_not_paired_with_maps():
+    "What is offered, every loss on activations accepts"
+    from conftest import net
+    perceptron = nn.Sequential(nn.Flatten(), nn.Linear(64,32), nn.ReLU(), nn.Linear(32,16), nn.ReLU(), nn.Linear(16,3))
+    x = torch.randn(4,1,8,8)
+    for models in ((perceptron, net()), (net(), perceptron)):
+        with pytest.raises(ValueError, match='vectors.*name layers for a loss'): match_layers(*models, x)
+    assert match_layers(perceptron, perceptron, x)[0] == ['2','4']

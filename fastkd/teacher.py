@@ -161,8 +161,8 @@ class Teacher:
         self.dtype,self.channels_last,self.compile,self.inputs,self.outputs = dtype,channels_last,compile,inputs,outputs
         self.vocab,self.normalize,self.probs = vocab,normalize,probs
         self.cache = self._new_cache(cache, topk)
-        # while open: the models as they run, their dtypes, how they are called and put in eval mode, the hooks for each set of layers, what must be moved back
-        self.running,self.dtypes,self.calls,self.rest,self.hooks,self.moved = None,None,None,None,{},[]
+        # while open: the models as they run, their dtypes, how they are called and put in eval mode, which modules were in train mode, the hooks for each set of layers, what must be moved back
+        self.running,self.dtypes,self.calls,self.rest,self.trained,self.hooks,self.moved = None,None,None,None,[],{},[]
         # for the student's data: positions of its classes among each model's, and how each model's inputs are normalized anew
         self.positions,self.renormalize = [None]*len(given),[None]*len(given)
         self.takes_first = False  # has an output several tensors, of which the first is taken?
@@ -302,22 +302,26 @@ def __call__(self:Teacher, *xb) -> Tensor:
     return mean_logits(self.run(*xb).logits)
 
 # %% ../nbs/02_teacher.ipynb #ba617784
-@contextmanager
-def eval_when_called(
-    modules=() # Modules that are known
-):
+class eval_when_called:
     "Within the block `modules` are in eval mode, and each other module from when it is called; afterwards each is in its own mode again."
-    trained = []
-    def rest(module, args):
+    def __init__(self,
+        modules=() # Modules that are known
+    ): self.modules,self.trained = modules,[]
+
+    def __call__(self, module, args=None):
         if not getattr(module, 'training', False): return
-        trained.append(module)
+        self.trained.append(module)
         module.training = False
-    handle = nn.modules.module.register_module_forward_pre_hook(rest)
-    try:
-        with resting(modules): yield
-    finally:
-        handle.remove()
-        for m in trained: m.training = True
+
+    def __enter__(self):
+        nn.modules.module.register_module_forward_pre_hook(self)
+        for m in self.modules: self(m)
+
+    def __exit__(self, *args):
+        for m in self.trained: m.training = True
+        # looked for, not remembered: an interrupt can come between setting the hook and remembering it
+        hooks = nn.modules.module._global_forward_pre_hooks
+        for k in [k for k,h in hooks.items() if h is self]: del hooks[k]
 
 def at_rest(
     model # A module, or a callable
@@ -414,6 +418,7 @@ def open(self:Teacher,
         self.running = self.models
         for m in self.models: self._move(m, device)
     self.dtypes,self.rest = [self.dtype or own_dtype(m) for m in self.running],[at_rest(m) for m in self.running]
+    self.trained = [m for rest in self.rest for m in rest.args[0] if getattr(m, 'training', False)]
     self.calls = [torch.compile(m) for m in self.running] if self.compile else self.running
     if self.cache is not None: self.cache.open(digest(self.models, self.dtype, self.cache.topk, *filter(None, self.renormalize)), n_items)
 
@@ -429,11 +434,15 @@ def _move(self:Teacher, model, device):
 def close(self:Teacher):
     "Put the models back where they were."
     self.reset()
+    # what an interrupt may have left at the end of a forward pass
+    for m in self.trained: m.training = True
+    for h in list(nn.modules.module._global_forward_pre_hooks.values()):
+        if isinstance(h, eval_when_called): h.__exit__()
     while self.moved:
         model,home = self.moved[-1]
         model.to(home)
         self.moved.pop()
-    self.running,self.dtypes,self.calls,self.rest,self.hooks = None,None,None,None,{}
+    self.running,self.dtypes,self.calls,self.rest,self.trained,self.hooks = None,None,None,None,[],{}
     self.positions,self.renormalize = [None]*len(self.models),[None]*len(self.models)
 
 @patch

@@ -71,7 +71,7 @@ def lines_of(kind):
     return c.lines
 
 # functions that hook, move, add or hand on
-moving = {'fit','before_fit','open','prepare','before_batch','after_pred','join_terms','term_values','build','join','set','begin','_move','run','_forward','_resting','_keep','__enter__','collect','trace','find_layouts','after_step','snapshot','update'}
+moving = {'fit','before_fit','open','prepare','before_batch','after_pred','join_terms','term_values','build','join','set','begin','_move','run','_forward','_resting','_keep','__enter__','collect','trace','find_layouts','after_step','snapshot','update','eval_when_called','__call__','rest','resting'}
 
 def each_line(kind):
     "The number of the first run of every line"

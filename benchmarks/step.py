@@ -5,12 +5,13 @@
     python benchmarks/step.py --tiny                # the models of the digits: here the Python around the arithmetic counts
     python benchmarks/step.py --profile             # where that Python is, function by function
     python benchmarks/step.py --clock cpu --threads 1   # a busy machine: processor time, not the wall's
+    python benchmarks/step.py --precision float16 --channels-last --waiting   # on a GPU: also how long it waits for Python
 
 All rows take turns of a few batches each, in an order that changes from round to round; a ratio is the median of the rounds' ratios, so
 a busy machine slows both of its sides, and `±` is half the distance of its quartiles. The first batch of a turn, with a fit's preparations, does not count.
 Rows that need what is not installed are skipped. The last table has the figures that fastkd is meant to reach.
 """
-import argparse, copy, cProfile, inspect, os, platform, pstats, random, statistics, subprocess, sys, time, warnings
+import argparse, copy, cProfile, inspect, json, os, platform, pstats, random, statistics, subprocess, sys, time, warnings
 from collections import defaultdict
 from pathlib import Path
 warnings.filterwarnings('ignore', message='.*torch.jit.script.*')
@@ -20,14 +21,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from fastai.basics import Callback, DataLoaders, Learner
+from fastai.callback.channelslast import ChannelsLast
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback # `Learner.no_bar`
 from fastkd.callback import KnowledgeDistillationCallback
 from fastkd.feature_losses import Attention
 from fastkd.losses import SoftTarget
 from fastkd.experiments.recipes import ArrayLoader, digits
+from fastkd.experiments.training import Bfloat16
 from fastkd.teacher import Teacher
 
 T = 5. # the temperature of all rows
+amp = {'float16': MixedPrecision, 'bfloat16': Bfloat16}
 clocks = {'wall': time.perf_counter, 'cpu': time.process_time}
 
 class Missing(Exception): "What a row needs is not there"
@@ -98,6 +103,9 @@ class Fit:
         student,teacher = models
         self.args,self.epochs,self.cbs = args,epochs,list(cbs(teacher))
         self.learn = Learner(None, copy.deepcopy(student), loss_func=F.cross_entropy)
+        if args.compile: self.learn.model = torch.compile(self.learn.model)
+        if args.channels_last: self.learn.add_cb(ChannelsLast())
+        if args.precision in amp: self.learn.add_cb(amp[args.precision]())
         self.clock = Clock(clocks[args.clock], args.watch)
 
     def __call__(self, dls):
@@ -208,6 +216,18 @@ def measure(args):
         if args.verbose: print(f'round {r+1}: ' + ', '.join(f'{steps[k][-1]*1e3:.3g}' for k in made) + ' ms', flush=True)
     return {k: steps[k] for k in made}, forwards, bytes_, saved
 
+def waiting(row, dls):
+    "The share of a turn's time in which the GPU has nothing to do"
+    activity = torch.profiler.ProfilerActivity
+    row(dls)
+    with torch.profiler.profile(activities=[activity.CPU, activity.CUDA]) as prof:
+        row(dls)
+        torch.cuda.synchronize()
+    spans = sorted((e.time_range.start, e.time_range.end) for e in prof.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+    busy,end = 0.,0.
+    for a,b in spans: busy,end = busy + max(0., b - max(a, end)),max(end, b)
+    return 1 - busy/(end - spans[0][0])
+
 def import_seconds():
     "Seconds that `import fastkd.all` takes after `fastai.vision.all`, in a fresh process"
     code = "import time\nfrom fastai.vision.all import *\nstart = time.perf_counter()\nimport fastkd.all\nprint(time.perf_counter()-start)"
@@ -248,6 +268,16 @@ def report(args):
         goals.append(('`import fastkd.all` after `fastai.vision.all`', f'{s:.2f} s', '≤ 0.2 s', s <= 0.2))
     print('\n| figure | measured | to reach | |\n|---|---:|---:|---|')
     for text,got,most,ok in goals: print(f'| {text} | {got} | {most} | {"yes" if ok else "no"} |')
+    waits = {}
+    if args.waiting:
+        dls,made = data(args, args.steps),rows(args)
+        waits = {k: waiting(made[k](), dls) for k in steps if k in (plain,floor,soft_)}
+        print('\n| row | share of the time in which the GPU waits |\n|---|---:|')
+        for k,w in waits.items(): print(f'| {k} | {w:.1%} |')
+    if args.json:
+        found = {k: dict(seconds=statistics.median(times), per_plain=ratio(times, steps[plain]), per_floor=ratio(times, steps[floor]),
+            bytes=bytes_.get(k), waiting=waits.get(k)) for k,times in steps.items()}
+        Path(args.json).write_text(json.dumps(dict(settings=vars(args) | dict(watch=None, models=None), rows=found, goals=goals), default=str))
 
 def profile(args):
     "Where a distilled fit spends its Python: fastkd's functions, and what they call"
@@ -286,6 +316,12 @@ def main():
     p.add_argument('--rounds', type=int, help='turns of each row')
     p.add_argument('--steps', type=int, help='batches in a turn')
     p.add_argument('--only', nargs='+', metavar='TEXT', help='only rows with one of these texts in their names, beside the plain step and the floor')
+    p.add_argument('--precision', choices=['float32',*amp], default='float32', help="of the student's fit")
+    p.add_argument('--tf32', action='store_true', help='let the GPU multiply float32 as TF32')
+    p.add_argument('--channels-last', action='store_true')
+    p.add_argument('--compile', action='store_true', help='compile the student')
+    p.add_argument('--waiting', action='store_true', help='profile how long the GPU waits (CUDA only)')
+    p.add_argument('--json', metavar='FILE', help='write the figures there too')
     p.add_argument('--profile', action='store_true', help='profile a distilled fit of the models of `digits` instead')
     p.add_argument('--lines', type=int, default=25, help='length of the tables of the profile')
     p.add_argument('--no-import', action='store_true', help='leave out the time of the import')
@@ -297,6 +333,8 @@ def main():
     args.batch = args.batch or (32 if args.tiny else 64)
     cuda = torch.device(args.device).type == 'cuda'
     if cuda and args.clock == 'cpu': p.error("the processor's time says nothing about a GPU")
+    if args.waiting and not cuda: p.error('only a GPU waits')
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     if args.threads: torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     if args.tiny: student,teacher,args.shape,args.classes = digits.student(),digits.teacher(),(1,8,8),10

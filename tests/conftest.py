@@ -52,6 +52,10 @@ def hooks(*models):
     "All hooks on the modules of `models`"
     return [h for model in models for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values(), *m._backward_hooks.values())]
 
+def pytest_collection_modifyitems(items):
+    for o in items:
+        if o.get_closest_marker('cuda') and not torch.cuda.is_available(): o.add_marker(pytest.mark.skip(reason='no CUDA device'))
+
 @pytest.fixture
 def teacher(): return net(width=6, seed=7)
 

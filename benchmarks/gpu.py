@@ -60,7 +60,7 @@ class Report:
 
 def ran(report, args, seconds):
     "The output of a script of this checkout, and how long it took; `None` if it took more than `seconds`, or what is left"
-    env,start = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(root), os.environ.get('PYTHONPATH', '')])},time.monotonic()
+    env,start = {**os.environ, 'PYTHONPATH': os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))},time.monotonic()
     try: done = subprocess.run([sys.executable, '-W', 'ignore', *map(str, args)], cwd=root, env=env, capture_output=True, text=True, timeout=max(1, min(seconds, report.left())))
     except subprocess.TimeoutExpired: return None,time.monotonic()-start
     return done,time.monotonic()-start

@@ -10,3 +10,15 @@ from fastkd.online_teachers import EMATeacher, PeerTeacher
 from fastkd.callback import KnowledgeDistillationCallback
 from fastkd import metrics as _metrics  # `kd.teacher_metrics()`
 from fastkd.plots import plot_losses, plot_similarity, plot_temperature, show_attention
+
+from inspect import cleandoc as _cleandoc
+from fastcore.docments import docments as _docments
+
+def _explain(o):
+    "Let `help(o)` say what the comments at its arguments say"
+    said = [f'    {name}: {d.docment}' for name,d in _docments(o, full=True).items() if d.docment]
+    if said: o.__doc__ = '\n'.join([_cleandoc(o.__doc__ or '').split('\n\nArguments:')[0], '', 'Arguments:', *said])
+
+for _o in [*vars().values()]:
+    if getattr(_o, '__module__', '').startswith('fastkd.'): _explain(_o)
+_explain(KnowledgeDistillationCallback.teacher_metrics)

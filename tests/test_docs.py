@@ -1,0 +1,67 @@
+"What the pages say is so: their examples run, their tables agree with the classes"
+import inspect, json, re, statistics
+from pathlib import Path
+import pytest, torch
+import fastai.vision.all as vision
+from scipy import stats
+import fastkd.all as everything
+from fastkd.all import *
+from fastkd.losses import KDLoss
+
+root = Path(__file__).resolve().parents[1]
+def blocks(page): return re.findall(r'^```python\n(.*?)^```', (root/page).read_text(), re.M|re.S)
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('page', ['README.md','docs/quickstart.md'])
+def test_the_examples_run_one_after_another(page):
+    "... with an epoch for each training"
+    code = '\n'.join(blocks(page))
+    names = {}
+    exec(re.sub(r'fit_one_cycle\(\d+', 'fit_one_cycle(1', code), names)
+    assert isinstance(names['kd'], KnowledgeDistillationCallback)
+
+def rows(page):
+    "The cells of all tables"
+    return [[c.strip() for c in l.strip('|').split('|')] for l in (root/page).read_text().splitlines() if l.startswith('| ') and not l.startswith(('| paper ','| data ')) and '---' not in l]
+
+def test_the_papers_weights_are_those_of_the_classes():
+    seen = set()
+    for _,classes,setting,weights,*_ in rows('docs/papers.md'):
+        for name in re.findall(r'`(\w+)`', classes):
+            seen.add(name)
+            call = next((c for c in re.findall(r'`(\w+\(.*?\))`', setting) if c.startswith(name + '(')))
+            loss = eval(call)
+            label,term = map(float, weights.split(', '))
+            assert loss.paper == (label,term), name
+            assert ('last stage' in setting) == (loss.paper_layers == 'last') and ('growing' in setting) == bool(loss.warmup_epochs), name
+    losses = {n for n,c in vars(everything).items() if isinstance(c, type) and issubclass(c, KDLoss) and c.paper}
+    assert losses - seen == {'BinarySoftTarget'}
+
+def test_every_class_that_is_named_exists():
+    for page in ('README.md', *(f'docs/{p.name}' for p in (root/'docs').glob('*.md'))):
+        text = re.sub(r'```.*?```', '', (root/page).read_text(), flags=re.S)
+        for call in re.findall(r'`([A-Z]\w+)\(', text):
+            assert hasattr(everything, call) or hasattr(vision, call) or hasattr(torch.nn, call), (page, call)
+
+def test_the_figures_of_the_readme_are_those_of_the_results():
+    files = dict(digits='digits', MNIST='mnist', CIFAR='cifar10', cats='pets-scratch')
+    found = [r for r in rows('README.md') if len(r) == 5]
+    assert len(found) == len(files)
+    for (data,teacher,alone,soft,best),(start,file) in zip(found, files.items()):
+        assert data.startswith(start)
+        runs = [json.loads(l) for l in (root/'nbs'/'tutorials'/'results'/f'{file}.jsonl').read_text().splitlines()]
+        of = lambda m: {r['seed']: 100*r['accuracy'] for r in runs if r['method'] in (m, m.replace('ized', 'ised'))}  # the old name
+        none = of('none')
+        assert teacher == f"{100*runs[0]['teacher']['accuracy']:.2f}" and alone == f'{sum(none.values())/len(none):.2f}'
+        for name,cell in (('soft',soft), (re.match('`(.*?)`', best)[1], best.split('` ')[1])):
+            d = [v - none[s] for s,v in of(name).items() if s in none]
+            mean,sd = statistics.mean(d),statistics.stdev(d)
+            half = stats.t.ppf(.975, len(d)-1)*sd/len(d)**.5
+            assert cell == f'{mean:+.2f} ({mean-half:+.2f} to {mean+half:+.2f})', (data, name)
+
+@pytest.mark.parametrize('name', [n for n in dir(everything) if not n.startswith('_')])
+def test_help_explains_every_argument(name):
+    doc = vars(everything)[name].__doc__
+    assert doc.count('Arguments:') <= 1
+    for p in inspect.signature(vars(everything)[name]).parameters.values():
+        if p.name not in ('self','args','kwargs'): assert f'    {p.name}: ' in doc, p.name

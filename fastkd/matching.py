@@ -283,7 +283,7 @@ def pairs_by_depth(a, b):
     return best[-1][1]
 
 # %% ../nbs/01b_matching.ipynb #a1eb2856
-def is_vector(r:LayerRun):
+def _is_vector(r:LayerRun):
     "Does `r` output a vector for each item, without places?"
     return not r.layout.sizes(r.shape)[1]
 
@@ -307,9 +307,9 @@ def match_layers(
     pairs = pairs_by_stride([a.stride(r) for r in s], [b.stride(r) for r in t]) if a.many_resolutions(s) and b.many_resolutions(t) else []
     # a single resolution in common would pair one model's last stage with the other's first
     if len(pairs) < max(2, min(len(s), len(t))/2): pairs = pairs_by_depth([a.depth[r.name] for r in s], [b.depth[r.name] for r in t])
-    pairs = [(i,j) for i,j in pairs if is_vector(s[i]) == is_vector(t[j])]  # losses that compare places need them in both
+    pairs = [(i,j) for i,j in pairs if _is_vector(s[i]) == _is_vector(t[j])]  # losses that compare places need them in both
     if not pairs:
-        kinds = ['vectors' if is_vector(r[-1]) else 'maps or sequences' for r in (s,t)]
+        kinds = ['vectors' if _is_vector(r[-1]) else 'maps or sequences' for r in (s,t)]
         raise ValueError(f"The student's layers output {kinds[0]} and the teacher's {kinds[1]}, which losses on places cannot compare. Use a loss on "
                          "logits, or name layers for a loss that compares items, such as `Similarity`.")
     if n: pairs = evenly_spaced(pairs, n)

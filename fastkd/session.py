@@ -25,8 +25,8 @@ from .task import Task, facts_of, find_task, labels_of
 from .teacher import Teacher, described, has_several, logits_of
 
 # %% auto #0
-__all__ = ['Curves', 'LossParameters', 'as_pairs', 'layer_pairs', 'Session', 'number_of_items', 'load_loss', 'Result',
-           'autocast_left']
+__all__ = ['Curves', 'LossParameters', 'as_pairs', 'layer_pairs', 'OwnEvents', 'Session', 'number_of_items', 'load_loss',
+           'Result', 'autocast_left']
 
 # %% ../nbs/03b_session.ipynb #c195f24d
 class Curves:

@@ -1,4 +1,8 @@
 "What users of fastkd write. All else is imported from its module."
+import warnings as _warnings
+with _warnings.catch_warnings():  # fastai scripts a function while it is imported, which PyTorch deprecates
+    _warnings.filterwarnings('ignore', message='.*torch.jit.script.*')
+    import fastai.basics as _basics
 from fastkd.losses import BinarySoftTarget, ChannelWise, DecoupledKD, DIST, KDLoss, Logits, Mutual, NormalizedKD, SoftTarget
 from fastkd.feature_losses import (ActivationBoundaries, Attention, ChannelWiseFeatures, Cosine, FeatureLoss, FitNet, NST, PKT, RKD, ReviewKD,
                                    Similarity, TrainedFeatureLoss, VID)

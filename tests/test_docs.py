@@ -1,5 +1,5 @@
 "What the pages say is so: their examples run, their tables agree with the classes"
-import inspect, json, re, statistics
+import inspect, json, os, re, statistics, subprocess, sys
 from pathlib import Path
 import pytest, torch
 import fastai.vision.all as vision
@@ -65,3 +65,7 @@ def test_help_explains_every_argument(name):
     assert doc.count('Arguments:') <= 1
     for p in inspect.signature(vars(everything)[name]).parameters.values():
         if p.name not in ('self','args','kwargs'): assert f'    {p.name}: ' in doc, p.name
+
+def test_the_import_warns_of_nothing():
+    r = subprocess.run([sys.executable, '-c', 'import fastkd.all'], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(root)})
+    assert (r.returncode,r.stdout,r.stderr) == (0, '', '')

@@ -6,7 +6,7 @@ bin := .venv/bin
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 
-.PHONY: demo test install clean
+.PHONY: demo test docs site-check install clean dist
 
 demo: install
 	$(bin)/fastkd run digits --seeds 8 --device cpu --out runs/demo
@@ -21,6 +21,14 @@ test: install
 	tail -n +1 -f "$$log" & tail=$$!; wait $$pytest; tests=$$?; sleep 1; \
 	[ $$notebooks = 0 ] && [ $$tests = 0 ]
 
+# the site, in _docs/
+docs: .venv/docs-installed
+	$(bin)/python -W ignore docs/build.py
+
+# a look at every page in Chromium: make site-check SHOTS=FOLDER, which must lie outside of this one
+site-check: .venv/docs-installed
+	$(bin)/python docs/site_check.py $(if $(SHOTS),"$(SHOTS)")
+
 install: .venv/installed
 
 # a stamp, so that the environment is made once, and again when its description changes
@@ -30,6 +38,17 @@ install: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(bin)/python -m pip install --disable-pip-version-check -e ".[dev]"
 	@touch $@
+
+.venv/docs-installed: .venv/installed
+	$(bin)/python -m pip install --disable-pip-version-check --quiet -e ".[docs]"
+	@touch $@
+
+# what a release uploads, checked: dist/fastkd-VERSION.tar.gz and the wheel that is built from it
+dist: install
+	$(bin)/python -m pip install --disable-pip-version-check --quiet -e ".[release]"
+	rm -rf dist
+	$(bin)/python -m build
+	$(bin)/twine check --strict dist/*
 
 clean:
 	rm -rf .venv runs

@@ -88,7 +88,7 @@ def entry(
 
 
 def function_of(
-    o # A function, or what a class makes of one: a property, a class method
+    o # A function, or what was made of one: a property, a class method, a function that remembers its results
 ):
     "The function itself; anything else as it is."
     if isinstance(o, property): return o.fget
@@ -119,7 +119,7 @@ class PublicName:
     @property
     def full(self): return f'{self.module}.{self.name}'
     @property
-    def value(self): return vars(importlib.import_module(self.module))[self.name]
+    def value(self): return function_of(vars(importlib.import_module(self.module))[self.name])
     @property
     def is_data(self): return not (inspect.isclass(self.value) or inspect.isfunction(self.value))
 

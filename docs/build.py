@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from fastcore.nbio import mk_cell, read_nb, write_nb
 from sphinx.cmd.build import build_main
+import fastkd.all
 from api import definitions, public_names, repository
 
 root = Path(__file__).resolve().parent.parent
@@ -15,7 +16,8 @@ pages = work/'pages'
 # addresses of our own, which README needs on PyPI
 site,pictures = 'https://fastkd.github.io/fastkd','https://raw.githubusercontent.com/fastkd/fastkd/main'
 
-tutorials = ['pets','layers','text','tables','segmentation','labels','timm','moving_teachers','cache','own_loss','several_gpus','comparing','shipping']
+tutorials = ['pets','layers','text','tables','segmentation','labels','timm','moving_teachers','cache','own_loss','several_gpus','comparing',
+             'shipping']
 
 
 def existing(*paths): return [p for p in paths if (root/p).exists()]
@@ -61,6 +63,7 @@ def linked_file(
     return file.relative_to(root).as_posix() if file.is_relative_to(root) else target
 
 
+code_block = r'(?ms)^(```.*?^```)'
 # text, target and anchor of a link or a picture
 link = re.compile(r'(\[[^\]]*\]\()([^)#\s]+)(#[^)\s]*)?(?=[\s)])')
 
@@ -78,7 +81,7 @@ def with_links(
         (pages/file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(root/file, pages/file)
         return f'{before}/{file}'
-    parts = re.split(r'(?ms)^(```.*?^```)', text)  # every second one is a block of code
+    parts = re.split(code_block, text)  # every second one is a block of code
     return ''.join(part if i%2 else link.sub(replace, part) for i,part in enumerate(parts))
 
 
@@ -90,12 +93,12 @@ def spelled(
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ''
 
 def picture_text(
-    source:str, # Of the cell that draws it
+    cell, # That draws it
     heading:str # Of its section
 ) -> str:
     "What a picture shows, for those who do not see it: the titles in the code, else the heading of its section."
     titles = []
-    for call in (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call)):
+    for call in (n for tree in cell.parsed_() or [] for n in ast.walk(tree) if isinstance(n, ast.Call)):
         name = call.func.attr if isinstance(call.func, ast.Attribute) else ''
         given = [k.value for k in call.keywords if k.arg == 'title'] + (call.args[:1] if name in ('set_title','suptitle') else [])
         titles += filter(None, map(spelled, given))
@@ -131,7 +134,7 @@ class Notebook:
         if not directives.keys().isdisjoint(['hide', 'default_exp']): return []
         if directives.keys().isdisjoint(['export', 'exporti']):
             if directives.get('echo') == 'false': cell.metadata['tags'] = ['remove-input']
-            cell.metadata['mystnb'] = {'image': {'alt': picture_text(cell.source, heading)}}
+            cell.metadata['mystnb'] = {'image': {'alt': picture_text(cell, heading)}}
             cell.outputs = themed(cell.outputs)
             return [cell]
         defined = definitions(cell.source)
@@ -146,7 +149,7 @@ class Notebook:
         for cell in self.nb.cells:
             if cell.cell_type == 'code': shown += self.code_cells(cell, heading)
             else:
-                headings = re.findall(r'(?m)^#+ (.*)', cell.source)
+                headings = re.findall(r'(?m)^#+ (.*)', re.sub(code_block, '', cell.source))
                 if headings: heading = re.sub('[`*$]', '', headings[-1])
                 cell.source = with_links(cell.source, self.path)
                 shown.append(cell)
@@ -186,7 +189,6 @@ def name_table(
 
 def api_index(paths) -> str:
     "Every public name in one line."
-    import fastkd.all
     notebooks = [Notebook(p) for p in paths]
     names = {id(n.value): n for nb in notebooks for n in nb.names.values() if not n.is_data}
     users = [names[id(o)] for name,o in vars(fastkd.all).items() if id(o) in names and name[0] != '_']

@@ -68,7 +68,7 @@ class Browser:
         for e in self.events:
             p = e['params']
             match e['method']:
-                case 'Runtime.exceptionThrown': found.append(str(p['exceptionDetails']))
+                case 'Runtime.exceptionThrown': found.append(p['exceptionDetails'].get('exception', {}).get('description', 'an exception'))
                 case 'Log.entryAdded' if p['entry']['level'] == 'error': found.append(f"{p['entry']['text']} {p['entry'].get('url', '')}")
                 case 'Runtime.consoleAPICalled' if p['type'] in ('error','assert'): found.append(str(p['args']))
         return found

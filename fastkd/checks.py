@@ -71,6 +71,7 @@ def refuse_layers(
                          "which has no layers; give an `nn.Module`.")
 
 # %% ../nbs/03c_checks.ipynb #118bc3da
+#: The error for a teacher whose output is not finite
 not_finite = ("The teacher's output for the first batch contains NaN or inf. Check its weights and its inputs (normalization, dtype); "
               "the student has learned nothing from it.")
 

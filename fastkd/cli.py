@@ -111,6 +111,7 @@ def models(
         with learn.no_bar(): print(f'{name}: {module_summary(learn, *dls.one_batch()[:1])}')
 
 # %% ../nbs/07_cli.ipynb #cli00002
+#: The subcommands by name
 commands = {f.__name__: f for f in (run,table,plot,models)}
 
 def _usage():

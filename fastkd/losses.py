@@ -38,14 +38,16 @@ def _device_type(xs):
     return 'cpu'
 
 # %% ../nbs/00_losses.ipynb #6f9ce089
-#: what the callback can pass to a loss; a loss gets those that the signature of its `forward` names
+#: What the callback can pass to a loss; a loss gets those that the signature of its `forward` names
 loss_inputs = 'pred','teacher_pred','target','fm_s','fm_t','axis','ignore_index','pct_train'
 
 @lru_cache(maxsize=None)
 def _arguments(forward): return signature(forward).parameters
 
 # %% ../nbs/00_losses.ipynb #17ecc6bc
-def shown(T):
+def shown(
+    T # A number, or a function of training progress
+):
     "A temperature as text: of a schedule its name, without the address"
     return getattr(T, '__name__', getattr(getattr(T, 'func', None), '__name__', type(T).__name__)) if callable(T) else T
 

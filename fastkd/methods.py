@@ -39,6 +39,7 @@ def named_methods() -> dict:
     return {n: (c, {'weight': 'paper', **s}) for c,ms in settings.items() for n,s in ms.items()}
 
 # %% ../nbs/05_methods.ipynb #mth00013
+#: Annealers of training progress by the names that a method may use
 schedules = {'cos': SchedCos(0, 1), 'lin': SchedLin(0, 1), 'fade': SchedLin(1, 0),
     'hint': combine_scheds([0.5,0.5], [SchedLin(1, 0), SchedNo(0, 0)]),
     'warmup': combine_scheds([1/12,11/12], [SchedLin(0, 1), SchedNo(1, 1)])}
@@ -218,7 +219,7 @@ def _parsed(text):
     return name,kwargs
 
 # %% ../nbs/05_methods.ipynb #mth00031
-#: names of earlier versions
+#: Names of earlier versions
 _old_names = {'standardised': 'standardized'}
 
 def _defined(name):

@@ -94,7 +94,7 @@ def loss_weights(
     return each, papers, label_weight
 
 # %% ../nbs/03a_objective.ipynb #799c575f
-#: the weights of one batch: of the learner's own loss, and `{term: weight}` for the terms that count
+#: The weights of one batch: of the learner's own loss, and `{term: weight}` for the terms that count
 BatchWeights = namedtuple('BatchWeights', 'label terms')
 
 # %% ../nbs/03a_objective.ipynb #ea7dd484

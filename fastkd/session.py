@@ -413,7 +413,10 @@ def check(self:Session, pred, target, acts):
     self.announce()
 
 # %% ../nbs/03b_session.ipynb #ee5a93ee
-def load_loss(term, state):
+def load_loss(
+    term, # A `Term`
+    state:dict # A session's `loss_state_dict()`
+):
     "Give a loss the parameters of an earlier fit. Raises `ValueError` if they are another loss's."
     try: term.loss.load_state_dict(state['losses'][term.column])
     except (KeyError,RuntimeError,TypeError) as e:

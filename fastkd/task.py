@@ -15,6 +15,7 @@ from fastcore.basics import patch
 __all__ = ['kinds', 'instead', 'LossFacts', 'facts_of', 'missing_axes', 'labels_of', 'one_hot_axes', 'Task', 'find_task']
 
 # %% ../nbs/02d_task.ipynb #328d467e
+#: Loss functions of PyTorch by the kind of their labels
 kinds = {
     'classes': (nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss),
     'binary': (nn.BCEWithLogitsLoss, nn.BCELoss, nn.MultiLabelSoftMarginLoss, nn.MultiLabelMarginLoss, nn.SoftMarginLoss,
@@ -145,6 +146,7 @@ def one_label_each(self:Task, pred, target) -> bool:
     return self.kind == 'classes' and pred.ndim == 2 and isinstance(target, Tensor) and target.ndim == 1
 
 # %% ../nbs/02d_task.ipynb #764b9883
+#: The loss to take instead, for tasks without classes
 instead = {'binary': "`BinarySoftTarget`, which compares yes/no probabilities", 'numbers': "`Logits`, which compares numbers"}
 
 @patch

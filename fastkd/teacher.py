@@ -26,7 +26,7 @@ __all__ = ['TeacherOutput', 'Knowledge', 'logits_of', 'has_several', 'makes_mode
            'at_rest', 'described']
 
 # %% ../nbs/02_teacher.ipynb #f0a9c7ae
-#: what a teacher says of a batch: `logits`, a tensor for each model, and `activations`, a dictionary from layer name to tensor
+#: What a teacher says of a batch: `logits`, a tensor for each model, and `activations`, a dictionary from layer name to tensor
 TeacherOutput = namedtuple('TeacherOutput', 'logits activations')
 
 # %% ../nbs/02_teacher.ipynb #777399e5
@@ -46,7 +46,9 @@ def logits_of(
                         "`Teacher(outputs=fn)`.")
     return logits.clone() if logits.is_inference() else logits  # inference tensors cannot be saved for the student's backward
 
-def has_several(output) -> bool:
+def has_several(
+    output # The output of a model
+) -> bool:
     "Does a model's output hold several tensors, and no `logits` that says which?"
     if isinstance(output, Tensor) or hasattr(output, 'logits') or (isinstance(output, Mapping) and 'logits' in output): return False
     values = list(output.values()) if isinstance(output, Mapping) else output if isinstance(output, (tuple,list)) else []
@@ -77,7 +79,7 @@ def makes_models(
     return not params or bool({'weights','pretrained'} & set(params))
 
 # %% ../nbs/02_teacher.ipynb #737bb627
-#: what a teacher's `Learner` knows: `classes` and `words` (lists), `normalize` (mean and std of each channel; `()` for none); `None` for what is not known
+#: What a teacher's `Learner` knows: `classes` and `words` (lists), `normalize` (mean and std of each channel; `()` for none); `None` for what is not known
 Knowledge = namedtuple('Knowledge', 'classes words normalize', defaults=(None,None,None))
 
 def knowledge_of(
@@ -277,7 +279,9 @@ def _formatted(self:Teacher, i, x):
     return x.to(dtype, memory_format=torch.channels_last if self.channels_last and x.ndim == 4 else torch.preserve_format, copy=True)
 
 # %% ../nbs/02_teacher.ipynb #025ae612
-def own_dtype(model) -> torch.dtype|None:
+def own_dtype(
+    model # A model, or a callable
+) -> torch.dtype|None:
     "The dtype of a model's floating point parameters, `None` if there are none or several"
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} if isinstance(model, nn.Module) else set()
     return dtypes.pop() if len(dtypes) == 1 else None

@@ -103,7 +103,9 @@ def fit_for(self:Experiment, method):
     return replace(fit, epochs=method.epochs or fit.epochs)
 
 # %% ../../nbs/06d_compare.ipynb #cmp00036
-def one_line(e:Exception) -> str:
+def one_line(
+    e:Exception # An error, with fastai's line before its message or without
+) -> str:
     "What an error says, in one line."
     text = ' '.join(str(e).split('\n\t')[-1].split())  # fastai puts a line before the message
     return text if isinstance(e, (ValueError,FloatingPointError)) else f'{type(e).__name__}: {text}'

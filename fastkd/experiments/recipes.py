@@ -34,6 +34,7 @@ class Fit:
     bs:int=64 # Batch size in training
 
 # %% ../../nbs/06b_recipes.ipynb #9fca1414
+#: Settings of a `Fit` that make it PyTorch's Adam at a constant rate
 pytorch_adam = dict(one_cycle=False, wd=0., betas=(0.9,0.999), eps=1e-8)
 
 # %% ../../nbs/06b_recipes.ipynb #25dd11ee
@@ -129,7 +130,9 @@ def stratified(
     return [torch.as_tensor(np.sort(p)) for p in (*parts,left)]
 
 # %% ../../nbs/06b_recipes.ipynb #95ab553e
-def digits_data(folder=None) -> Parts:
+def digits_data(
+    folder=None # Not used: the digits come with scikit-learn
+) -> Parts:
     "scikit-learn's digits `(1, 8, 8)` in [0,1]: 400 to train on, 397 to look at, 1000 for the table."
     from sklearn.datasets import load_digits
     d = load_digits()
@@ -137,7 +140,11 @@ def digits_data(folder=None) -> Parts:
     return Parts('scikit-learn digits', *[(x[p],y[p]) for p in stratified(d.target, 400, 397)])
 
 # %% ../../nbs/06b_recipes.ipynb #bf588333
-def conv_block(ni, nf, stride=1) -> nn.Sequential:
+def conv_block(
+    ni, # Channels of the input
+    nf, # Channels of the output
+    stride=1 # Of the convolution
+) -> nn.Sequential:
     "3x3 convolution, batch norm, ReLU."
     return nn.Sequential(nn.Conv2d(ni, nf, 3, stride, 1, bias=False), nn.BatchNorm2d(nf), nn.ReLU())
 
@@ -194,7 +201,9 @@ def normalize(
     return lambda x: (x.float()/255 - mean.to(x.device))/std.to(x.device)
 
 # %% ../../nbs/06b_recipes.ipynb #df0fdbdd
-def mnist_data(folder=None) -> Parts:
+def mnist_data(
+    folder=None # Holds `MNIST/raw/`; `None` for a download
+) -> Parts:
     "MNIST `(1, 28, 28)` in [0,1]: 55,000 to train on, 5,000 to look at, the 10,000 test images for the table."
     from torchvision.datasets import MNIST
     def get():
@@ -241,7 +250,9 @@ def _cifar10_sets(folder=None):
     return 'CIFAR-10', [(torch.tensor(d.data), torch.tensor(d.targets)) for d in sets]
 
 # %% ../../nbs/06b_recipes.ipynb #rcp00001
-def cifar10_data(folder=None) -> Parts:
+def cifar10_data(
+    folder=None # Holds the images; `None` for a download
+) -> Parts:
     """CIFAR-10 `(3, 32, 32)`, normalized with the statistics of the training set:
     45,000 to train on, 5,000 to look at, the 10,000 test images for the table.
 
@@ -303,7 +314,7 @@ def _short_side(file, size=64):
         return im.convert('RGB').resize([max(size, round(n*scale)) for n in im.size], 2)  # bilinear
     return torch.tensor(read_image(file, read)).permute(2,0,1)
 
-#: names of cats and dogs in Oxford-IIIT Pets, such as `Maine_Coon_12` and `beagle_3`
+#: Names of cats and dogs in Oxford-IIIT Pets, such as `Maine_Coon_12` and `beagle_3`
 _breed = re.compile(r'([A-Z][a-z]+(_[A-Z][a-z]+)*|[a-z]+(_[a-z]+)*)_\d+')
 
 def _two_classes(files, root):
@@ -327,7 +338,9 @@ def _photographs(folder=None):
     return f'local photographs of {classes} ({local})' if folder else 'Oxford-IIIT Pets', files, torch.tensor(ys).long()
 
 # %% ../../nbs/06b_recipes.ipynb #rcp00002
-def pets_data(folder=None) -> Parts:
+def pets_data(
+    folder=None # Holds the photographs; `None` for a download
+) -> Parts:
     """Photographs of two classes, short side 64 pixels, cropped to squares: at a random place in training, else in the middle.
     75 % to train on, 5 % to look at, 20 % for the table.
 
@@ -374,7 +387,9 @@ def augmented(
 augmented.recorded_as = ['augmented', '37c2f5059499', [10.,0.2,0.2]]
 
 # %% ../../nbs/06b_recipes.ipynb #afced8bd
-def pets_teacher(pretrained=True) -> nn.Module:
+def pets_teacher(
+    pretrained=True # Start from weights trained on ImageNet?
+) -> nn.Module:
     "fastai's ResNet34 for two classes, as `vision_learner` makes it."
     from fastai.vision.learner import create_vision_model
     from torchvision.models import resnet34
@@ -397,6 +412,7 @@ pets_scratch = replace(pets, name='pets-scratch', title="Oxford-IIIT Pets, 64 px
     teacher=partial(pets_teacher, pretrained=False), teacher_fit=Fit(45, 1e-3), augment=augmented)
 
 # %% ../../nbs/06b_recipes.ipynb #ab5aee74
+#: All recipes by name
 recipes = {r.name: r for r in (digits,mnist,cifar10,cifar10_tutorial,pets,pets_scratch)}
 
 # %% ../../nbs/06b_recipes.ipynb #rcp00003

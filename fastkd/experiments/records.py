@@ -19,7 +19,9 @@ __all__ = ['run_fields', 'fingerprint', 'model_layout', 'named_function', 'has_f
            'provenance']
 
 # %% ../../nbs/06a_records.ipynb #rec00007
-def fingerprint(o) -> str:
+def fingerprint(
+    o # Numbers, text, lists and dictionaries
+) -> str:
     "Twelve hexadecimal digits for the plain data `o`."
     return hashlib.sha256(json.dumps(o, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -46,7 +48,7 @@ def named_function(
     raise ValueError(f"Finished runs are found by the names of the functions that they used, but {o!r} has none: define a function with `def`.")
 
 # %% ../../nbs/06a_records.ipynb #rec00027
-#: the fields of a run that tables and charts read, with values of their types
+#: The fields of a run that tables and charts read, with values of their types
 run_fields = dict(comparison='', method='', seed=0, accuracy=0., parameters=0, seconds=[0.], log=dict(accuracy=[]), data=['',0,0,0,''],
     settings=dict(fit=dict(epochs=0), method={}), teacher=dict(accuracy=0., parameters=0, checksum=''), teacher_fit=dict(epochs=0),
     device='', versions=dict(torch=''))

@@ -42,7 +42,9 @@ class Clock(Callback):
     def after_epoch(self): self.tick()
 
 # %% ../../nbs/06c_training.ipynb #trn00009
-def json_number(x):
+def json_number(
+    x # A number
+):
     "`x` with seven significant digits; `None` for NaN and infinity."
     return None if x is None or not math.isfinite(x) else float(f'{float(x):.7g}')
 

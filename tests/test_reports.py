@@ -18,7 +18,7 @@ def made(**accuracies):
 
 def test_table_worked_by_hand():
     t = table(made(none=[50.,60.,70.], a=[51.,62.,73.], b=[50.,60.]))
-    assert t.loc['none',['accuracy','sd','n']].tolist() == pytest.approx([60,10,3])
+    assert t.loc['student alone',['accuracy','sd','n']].tolist() == pytest.approx([60,10,3])
     a = t.loc['a']
     # differences 1, 2, 3: mean 2, sd 1, t = 2·√3, t(2 degrees, 97.5 %) = 4.30265
     assert [a.difference, a.low, a.high, a.n, a.pairs] == pytest.approx([2, 2-4.30265/3**0.5, 2+4.30265/3**0.5, 3, 3], abs=1e-4)
@@ -28,6 +28,14 @@ def test_table_worked_by_hand():
     b = t.loc['b']
     assert b[['n','pairs','difference']].tolist() == [2,2,0] and t.p_holm['a'] == a.p
     assert t.loc['teacher','accuracy'] == 90
+
+def test_rows_are_teacher_baseline_then_the_largest_gain():
+    runs = made(b=[51.,58.], lost=[49.,49.], none=[50.,50.], a=[53.,53.])
+    assert list(table(runs).index) == ['teacher','student alone','b','a','lost']
+    assert list(table(runs, 'a').index) == ['teacher','a','b','student alone','lost']
+    assert list(table(runs[runs.method != 'none']).index) == ['teacher','b','a','lost']  # without a baseline by accuracy
+    unpaired = runs[(runs.method != 'b') | (runs.seed > 0)]
+    assert list(table(unpaired[(unpaired.method == 'b') | (unpaired.seed < 1)]).index) == ['teacher','student alone','a','lost','b']  # an unknown gain is last
 
 def test_only_common_seeds_are_paired():
     runs = made(none=[50.,60.,70.], a=[51.,62.,73.])
@@ -111,8 +119,10 @@ def test_epochs_to_the_baseline():
     o = epochs_to_baseline(runs).loc['a']
     assert o.tolist() == [3,9/4,1,2]
     early = epochs_to_baseline(made(a=[60.,40.], none=[50.,70.]))  # their mean, 60, the better one has passed after 3 epochs
-    assert list(early.index) == ['none','a'] and early.loc['none'].tolist() == [3,1,1,2]
-    with pytest.raises(ValueError, match='no runs of the baseline'): epochs_to_baseline(runs, 'b')
+    assert list(early.index) == ['student alone','a'] and early.loc['student alone'].tolist() == [3,1,1,2]
+    runs = pd.concat([made(b=[40.], none=[50.], a=[60.]), made(c=[60.]).assign(log=[dict(accuracy=[0.6,0.2,0.1])])])
+    assert list(epochs_to_baseline(runs).index) == ['student alone','c','a','b']  # the fewest epochs first, last who never passes
+    with pytest.raises(ValueError, match='no runs of the baseline'): epochs_to_baseline(runs, 'd')
 
 @pytest.mark.parametrize('name,method,difference,low,high,significant', [('digits','dist',1.84,1.09,2.59,True),
     ('mnist','dkd',-1.65,-2.54,-0.76,True),
@@ -145,11 +155,34 @@ def test_charts(tmp_path, monkeypatch):
         draw(made(none=[50.,60.], a=[51.,62.]), path=tmp_path/'c.png')
         assert plt.get_fignums() == before  # a notebook shows it once, and a loop fills no memory
         assert (tmp_path/'c.png').read_bytes()[:4] == b'\x89PNG'
-    a,b = chart(made(none=[50.,60.], a=[51.,62.])).axes
-    assert [t.get_text() for t in a.get_yticklabels()] == ['student alone','a']
-    assert sorted(a.lines[0].get_xdata()) == [50,60]
+    fig = chart(made(none=[50.,60.], a=[51.,62.], b=[54.,65.], lost=[48.,57.]))
+    a,b = fig.axes
+    assert fig._suptitle.get_text() == 'three blobs, 2 seeds'
+    assert [t.get_text() for t in a.get_yticklabels()] == ['student alone','b','a','lost'] and a.yaxis_inverted()  # the largest gain on top
+    means,runs = a.lines[:2]
+    assert means.get_xdata() == pytest.approx([55,59.5,56.5,52.5]) and sorted(runs.get_xdata()) == pytest.approx([48,50,51,54,57,60,62,65])
+    gains = {line.get_color(): list(line.get_xdata()) for line in b.lines if line.get_marker() == 'o'}
+    assert {k: v for k,v in gains.items() if v} == {'0.6': pytest.approx([4.5,1.5,-2.5])}  # two seeds tell nothing
+    sure = chart(made(none=[50.,60.,70.], b=[54.,64.,74.1], lost=[48.,58.,68.1])).axes[1]
+    assert {line.get_color(): len(line.get_xdata()) for line in sure.lines if line.get_marker() == 'o'} == {'C0': 1, 'C3': 1, '0.6': 0}
     many = made(**{f'method{i}': [50.] for i in range(23)})
     for ax in curves(many).axes: assert len({(line.get_color(), line.get_linestyle()) for line in ax.lines}) == 23
+
+@pytest.mark.parametrize('baseline', ['none','other'])
+def test_one_seed_or_no_baseline_is_drawn(baseline, recwarn):
+    fig = chart(made(a=[51.], none=[50.]), baseline)
+    assert fig._suptitle.get_text() == 'three blobs, 1 seed' and not recwarn.list
+    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == (['student alone','a'] if baseline == 'none' else ['a','student alone'])
+
+def test_curves_have_a_band_over_seeds_and_begin_where_methods_differ():
+    runs = made(a=[60.,64.], none=[50.,60.])
+    runs['log'] = [dict(accuracy=[0.1,0.5,a]) for a in runs.accuracy]
+    ax = curves(runs).axes[0]
+    assert [line.get_label() for line in ax.lines] == ['student alone','a'] and ax.lines[0].get_color() == 'black'
+    band = ax.collections[1].get_paths()[0].vertices
+    assert {round(y, 3) for x,y in band if x == 3} == {round(62-8**0.5, 3), round(62+8**0.5, 3)}
+    assert 30 < ax.get_ylim()[0] < 50  # the first epoch, 10 %, is left out
+    assert curves(made(none=[50.])).axes[0].get_ylim()[0] < 10
 
 def drawn(fig):
     "What is written around the plots of a figure: `(text, box)`, and the boxes of the plots"
@@ -169,7 +202,7 @@ def drawn(fig):
 def test_nothing_in_a_chart_is_cut_or_covered(draw, names):
     fig = draw(made(none=[50.,60.], **{n: [51.,62.] for n in names}))
     texts,plots = drawn(fig)
-    assert {'three blobs','student alone',*names} <= {t for t,_ in texts}
+    assert {'three blobs, 2 seeds','student alone',*names} <= {t for t,_ in texts}
     for text,box in texts: assert -1 <= box.x0 and box.x1 <= fig.bbox.x1+1 and -1 <= box.y0 and box.y1 <= fig.bbox.y1+1, text
     for plot in plots: assert plot.width > 150 and not [t for t,box in texts if box.overlaps(plot)]
 

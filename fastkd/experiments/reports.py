@@ -11,7 +11,19 @@ from fastcore.basics import IN_NOTEBOOK
 from .records import same_settings
 
 # %% auto #0
-__all__ = ['holm', 'paired', 'table', 'markdown', 'plain_table', 'caption', 'chart', 'curves', 'epochs_to_baseline']
+__all__ = ['paired', 'holm', 'table', 'markdown', 'plain_table', 'caption', 'chart', 'curves', 'epochs_to_baseline']
+
+# %% ../../nbs/06e_reports.ipynb #rep00012
+def paired(
+    differences # One difference for each seed
+) -> tuple:
+    "Mean, 95 % t-interval (low, high) and p-value of paired differences (points). Interval and p are NaN for a single difference, and if all are equal."
+    d = np.asarray(differences, dtype=float)
+    # accuracies come in steps, so equal differences are chance, not certainty
+    if len(d) < 2 or np.ptp(d) < 1e-4: return d.mean() if len(d) else np.nan, np.nan, np.nan, np.nan
+    t = stats.ttest_1samp(d, 0.)
+    low,high = t.confidence_interval(0.95)
+    return d.mean(), low, high, t.pvalue
 
 # %% ../../nbs/06e_reports.ipynb #rep00009
 def holm(
@@ -20,24 +32,9 @@ def holm(
     "p-values after Holm's correction (1979): the chance of one false alarm or more among all tests stays below the level."
     ps = np.asarray(ps, dtype=float)
     adjusted = np.full(ps.shape, np.nan)
-    order = [i for i in np.argsort(ps) if not np.isnan(ps[i])]
-    highest = 0.
-    for rank,i in enumerate(order):
-        highest = max(highest, (len(order)-rank)*ps[i])
-        adjusted[i] = min(highest, 1.)
+    order = np.argsort(ps)[:np.sum(~np.isnan(ps))]  # NaN are last
+    adjusted[order] = np.maximum.accumulate(ps[order]*np.arange(len(order), 0, -1)).clip(max=1)
     return adjusted
-
-# %% ../../nbs/06e_reports.ipynb #rep00012
-def paired(
-    differences # One difference for each seed
-) -> tuple:
-    "Mean, 95 % t-interval (low, high) and p-value of paired differences (points); NaN if a single pair, or equal differences, cannot tell."
-    d = np.asarray(differences, dtype=float)
-    # accuracies come in steps, so equal differences are chance, not certainty
-    if len(d) < 2 or np.ptp(d) < 1e-4: return d.mean() if len(d) else np.nan, np.nan, np.nan, np.nan
-    t = stats.ttest_1samp(d, 0.)
-    low,high = t.confidence_interval(0.95)
-    return d.mean(), low, high, t.pvalue
 
 # %% ../../nbs/06e_reports.ipynb #rep00016
 def _check_comparable(runs):
@@ -56,22 +53,25 @@ def _against(g, base, teacher_accuracy):
     "The columns of the table that compare the runs `g` of a method with those of the baseline, with the same seeds"
     seeds = base.index.intersection(g.index)
     mean,low,high,p = paired(100*(g.accuracy[seeds] - base.accuracy[seeds]))
-    way = teacher_accuracy - 100*base.accuracy[seeds].mean()
+    gap = teacher_accuracy - 100*base.accuracy[seeds].mean()
     time = np.mean([np.mean(g.seconds[s])/np.mean(base.seconds[s]) for s in seeds]) if len(seeds) else np.nan
-    return dict(pairs=len(seeds), difference=mean, low=low, high=high, p=p, closed=100*mean/way if way > 0 else np.nan, time=time)
+    return dict(pairs=len(seeds), difference=mean, low=low, high=high, p=p, closed=100*mean/gap if gap > 0 else np.nan, time=time)
 
 # %% ../../nbs/06e_reports.ipynb #rep00018
+def _shown(name): return 'student alone' if name == 'none' else name
+
 def table(
     runs:pd.DataFrame, # Runs of one comparison, as `compare` returns them
     baseline:str='none' # The method that the others are compared with, over the same seeds
 ) -> pd.DataFrame:
-    """The teacher and each method: accuracy (%, mean and sd over seeds), parameters, n, paired difference to the baseline (points)
-    with 95 % interval, p, p by Holm, share of the way from the baseline to the teacher (%), and mean time of an epoch relative to it.
+    """The teacher, the baseline and each method, the largest gain first; `'none'` is the row 'student alone'. Columns: accuracy (%, mean and sd over seeds),
+    parameters, n, paired difference to the baseline (points) with 95 % interval, p, p by Holm, share of the gap between baseline and teacher that is closed (%),
+    and time of an epoch relative to the baseline's.
 
     Raises `ValueError` for runs of more than one comparison or teacher, and if one name stands for methods of different settings."""
     _check_comparable(runs)
-    teacher = runs.teacher.iloc[0]
-    methods = {name: g.drop_duplicates('seed').set_index('seed') for name,g in runs.groupby('method', sort=False)}
+    teacher,baseline = runs.teacher.iloc[0],_shown(baseline)
+    methods = {_shown(name): g.drop_duplicates('seed').set_index('seed') for name,g in runs.groupby('method', sort=False)}
     rows = {'teacher': dict(accuracy=100*teacher['accuracy'], parameters=teacher['parameters'], n=1)}
     for name,g in methods.items():
         rows[name] = dict(accuracy=100*g.accuracy.mean(), sd=100*g.accuracy.std(), parameters=g.parameters.iloc[0], n=len(g))
@@ -79,16 +79,17 @@ def table(
     columns = ['accuracy','sd','parameters','n','pairs','difference','low','high','p','p_holm','closed','time']
     df = pd.DataFrame.from_dict(rows, orient='index').reindex(columns=columns)
     df['p_holm'] = holm(df.p)
+    first = ['teacher', *[baseline]*(baseline in methods)]
+    df = pd.concat([df.loc[first], df.drop(first).sort_values(['difference','accuracy'], ascending=False)])
     df.attrs['baseline'] = baseline
     return df
 
 # %% ../../nbs/06e_reports.ipynb #rep00021
-def _shown(name): return 'student alone' if name == 'none' else name
-def _compared_with(name): return 'the student alone' if name == 'none' else name
+def _compared_with(name): return 'the student alone' if name == 'student alone' else name
 
 def _columns(table):
     "`{heading: text of a row}`, with empty text for NaN"
-    baseline = table.attrs.get('baseline', 'none')
+    baseline = table.attrs.get('baseline', 'student alone')
     def cell(name, text): return lambda r: '' if np.isnan(r[name]) else text(r)
     def pairs(r): return f' ({int(r.pairs)} pairs)' if r.pairs != r.n else ''
     return {'accuracy, %': lambda r: f'{r.accuracy:.2f}' + ('' if np.isnan(r.sd) else f' ± {r.sd:.2f}'),
@@ -96,11 +97,11 @@ def _columns(table):
         f'difference to {_compared_with(baseline)}': cell('difference', lambda r: f'{r.difference:+.2f}' + pairs(r)),
         '95 % interval': cell('low', lambda r: f'{r.low:+.2f} to {r.high:+.2f}'),
         'p (Holm)': cell('p_holm', lambda r: f'{r.p_holm:.3f}' if r.p_holm >= 0.001 else '< 0.001'),
-        'way to the teacher': cell('closed', lambda r: f'{r.closed:.0f} %'), 'time per epoch': cell('time', lambda r: f'{r.time:.2f} x')}
+        'gap closed': cell('closed', lambda r: f'{r.closed:.0f} %'), 'time per epoch': cell('time', lambda r: f'{r.time:.2f} x')}
 
 def _cells(table, columns):
     "The cells as text: a row of headings, then a row for each method"
-    return [['', *columns], *[[_shown(name), *(text(r) for text in columns.values())] for name,r in table.iterrows()]]
+    return [['', *columns], *[[name, *(text(r) for text in columns.values())] for name,r in table.iterrows()]]
 
 def _widths(rows): return [max(map(len, column)) for column in zip(*rows)]
 
@@ -121,9 +122,9 @@ def plain_table(
     width:int=80 # Characters in a line
 ) -> str:
     "A table for a terminal: accuracy, difference, interval, p and time, with a line that explains them."
-    baseline,columns = _compared_with(table.attrs.get('baseline', 'none')),_columns(table)
+    baseline,columns = _compared_with(table.attrs.get('baseline', 'student alone')),_columns(table)
     shorter = {f'difference to {baseline}': 'difference', 'time per epoch': 'time'}
-    rows = _cells(table, {shorter.get(k, k): f for k,f in columns.items() if k not in ('parameters','n','way to the teacher')})
+    rows = _cells(table, {shorter.get(k, k): f for k,f in columns.items() if k not in ('parameters','n','gap closed')})
     numbers = ['  '.join(c.rjust(w) for c,w in zip(row[1:], _widths(rows)[1:])) for row in rows]
     room = width - 2 - len(numbers[0])
     first,lines = max(len(row[0]) for row in rows if len(row[0]) <= room),[]
@@ -134,29 +135,36 @@ def plain_table(
     return '\n'.join([*lines, '', textwrap.fill(key, width)])
 
 # %% ../../nbs/06e_reports.ipynb #rep00024
+def _seeds(runs):
+    "How many seeds the methods have, as text"
+    n = runs.groupby('method').seed.nunique()
+    if n.nunique() > 1: return f'{n.min()} to {n.max()} seeds'
+    return f'{n.min()} seeds' if n.min() > 1 else '1 seed'
+
 def caption(
     runs:pd.DataFrame # Runs of one comparison
 ) -> str:
     "What was compared, in one sentence."
     r = runs.iloc[0]
     name,n_train,_,n_test,_ = r['data']
-    n = runs.groupby('method').seed.nunique()
-    seeds = n.min() if n.nunique() == 1 else f'{n.min()} to {n.max()}'
     # in a run of an earlier version `bf16`, `augmented` and `callbacks` may be missing, or NaN beside other runs
     def known(k): return v if isinstance(v := r.get(k), (bool,np.bool_,list)) else []
     extras = ''.join(f', {e}' for e in [*['augmented']*bool(known('augmented')), *known('callbacks')])
     return (f"{name}: accuracy on {n_test:,} test rows that trained no model and chose no setting; "
         f"student trained for {r.settings['fit']['epochs']} epochs on {n_train:,} rows{extras}, teacher for {r.teacher_fit['epochs']} on the same; "
-        f"mean ± standard deviation over {seeds} seeds, differences within seeds; "
+        f"mean ± standard deviation over {_seeds(runs)}, differences within seeds; "
         f"{r.device}{', bfloat16' if known('bf16') else ''}, torch {r.versions['torch']}.")
 
 # %% ../../nbs/06e_reports.ipynb #rep00027
 def _two_plots(runs, height):
-    "A figure of two plots with one vertical axis, and the data as its title; a notebook shows it once"
+    "A figure of two plots with one vertical axis; its title names the data and the seeds. A notebook shows it once"
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(10,height), layout='constrained')
+    fig = Figure(figsize=(9,height), layout='constrained')
     axs = fig.subplots(1, 2, sharey=True)
-    if 'data' in runs: fig.suptitle(runs.data.iloc[0][0])
+    fig.suptitle(f'{runs.data.iloc[0][0]}, {_seeds(runs)}')
+    for ax in axs:
+        ax.spines[['top','right']].set_visible(False)
+        ax.grid(alpha=0.25)
     if IN_NOTEBOOK:
         from matplotlib import pyplot as plt
         plt.close(plt.figure())  # from its first figure on, a notebook shows the ones that a cell returns
@@ -165,20 +173,19 @@ def _two_plots(runs, height):
 # %% ../../nbs/06e_reports.ipynb #rep00028
 def _plot_accuracies(ax, table, runs):
     "Each run, and the mean of each method, beside the teacher"
-    for i,name in enumerate(table.index[1:]):
-        accs = 100*runs[runs.method == name].accuracy
-        ax.plot(accs, np.full(len(accs), i), 'o', color='C0', alpha=0.35, mec='none')
-        ax.plot([table.accuracy[name]]*2, [i-0.3,i+0.3], color='C0', lw=2)
-    ax.axvline(table.accuracy['teacher'], color='0.5', ls='--')
-    ax.annotate('teacher', (table.accuracy['teacher'],1), (0,3), xycoords=ax.get_xaxis_transform(), textcoords='offset points', ha='center', color='0.4')
+    teacher,means = table.accuracy['teacher'],table.accuracy[1:]
+    ax.plot(means, means.index, '|', ms=16, mew=2, color='C0')
+    ax.plot(100*runs.accuracy, runs.method.map(_shown), 'o', color='C0', alpha=0.35, mec='none')
+    ax.axvline(teacher, color='0.5', ls='--')
+    ax.annotate('teacher', (teacher,1), (0,3), xycoords=ax.get_xaxis_transform(), textcoords='offset points', ha='center', color='0.4')
     ax.set_xlabel('test accuracy, %\n(each seed, and the mean)')
 
 def _plot_differences(ax, table):
     "The differences to the baseline, with their intervals"
-    for i,r in enumerate(table.iloc[1:].itertuples()):
-        if not np.isnan(r.low): ax.plot([r.low,r.high], [i,i], color='C1', lw=2)
-        if not np.isnan(r.difference): ax.plot(r.difference, i, 'o', color='C1')
-    ax.axvline(0, color='0.5', lw=1)
+    for color,rows in ('C0', table.low > 0), ('C3', table.high < 0), ('0.6', ~((table.low > 0) | (table.high < 0))):
+        t = table[rows & table.difference.notna()]
+        ax.errorbar(t.difference, t.index, xerr=(t.difference-t.low, t.high-t.difference), fmt='o', color=color, lw=2)
+    ax.axvline(0, color='0.5', lw=1, zorder=0)
     ax.set_xlabel(f'difference to {_compared_with(table.attrs["baseline"])},\npoints (95 % interval)')
 
 # %% ../../nbs/06e_reports.ipynb #rep00029
@@ -187,14 +194,12 @@ def chart(
     baseline:str='none', # The method that the others are compared with
     path=None # Where to save the chart
 ):
-    "Every run's accuracy, and the paired differences with their intervals; returns the figure."
+    "Every run's accuracy, and the paired differences with their intervals, the largest gain first; returns the figure."
     t = table(runs, baseline)
-    names = [_shown(n) for n in t.index[1:]]
-    fig,(left,right) = _two_plots(runs, 2+0.45*len(names))
+    fig,(left,right) = _two_plots(runs, 1.6+0.32*len(t))
     _plot_accuracies(left, t, runs)
     _plot_differences(right, t)
-    left.set_yticks(range(len(names)), names)
-    left.set_ylim(len(names)-0.4, -0.6)
+    left.set_ylim(len(t)-1.5, -0.6)
     if path: fig.savefig(path, dpi=150)
     return fig
 
@@ -203,21 +208,28 @@ def curves(
     runs:pd.DataFrame, # Runs of one comparison
     path=None # Where to save the chart
 ):
-    "Validation accuracy, mean over seeds, by epoch and by seconds of training; returns the figure."
+    "Validation accuracy by epoch and by seconds of training, mean over seeds with a band of ± one standard deviation; returns the figure."
     from matplotlib import cycler, rcParams
     from matplotlib.ticker import MaxNLocator
-    fig,(by_epoch,by_time) = _two_plots(runs, max(3.6, 0.25*runs.method.nunique()))
-    dashes,colors = cycler(linestyle=['-','--',':','-.']),cycler(color=rcParams['axes.prop_cycle'].by_key()['color'])
-    for ax in (by_epoch,by_time): ax.set_prop_cycle(dashes * colors)  # dashed where the colors run out
-    for name,g in runs.groupby('method', sort=False):
-        acc = 100*np.array([log['accuracy'] for log in g.log], dtype=float).mean(0)
-        marker = 'o' if len(acc) == 1 else None  # a line needs two points
-        by_epoch.plot(range(1, len(acc)+1), acc, marker=marker, label=_shown(name))
-        by_time.plot(np.array(g.seconds.tolist()).cumsum(1).mean(0), acc, marker=marker)
+    lines = {name: (a.mean(0), a.std(0, ddof=min(1, len(a)-1))) for name,g in runs.groupby('method')
+             for a in [100*np.array([log['accuracy'] for log in g.log], dtype=float)]}
+    columns = max(1, 105//(max(map(len, lines))+8))  # of the legend
+    fig,(by_epoch,by_time) = _two_plots(runs, 3.4+0.22*-(-len(lines)//columns))
+    styles = iter(cycler(linestyle=['-','--',':','-.']) * cycler(color=rcParams['axes.prop_cycle'].by_key()['color']))  # dashed where the colors run out
+    for name in sorted(lines, key=lambda m: (m != 'none', -lines[m][0][-1])):
+        mean,sd = lines[name]
+        style = dict(color='black') if name == 'none' else next(styles)
+        seconds = np.array(runs[runs.method == name].seconds.tolist()).cumsum(1).mean(0)
+        for ax,x in (by_epoch, np.arange(1, len(mean)+1)), (by_time, seconds):
+            ax.plot(x, mean, marker='o' if len(mean) == 1 else None, label=_shown(name), **style)  # a line needs two points
+            ax.fill_between(x, mean-sd, mean+sd, color=style['color'], alpha=0.15, lw=0)
+    low = min(mean[len(mean)//2] for mean,_ in lines.values())  # from where the second half of the training begins
+    high = max(max(mean.max(), (mean+sd)[len(mean)//2:].max()) for mean,sd in lines.values())
+    if high > low: by_epoch.set_ylim(max(by_epoch.get_ylim()[0], 2*low-high), high + 0.1*(high-low))
     by_epoch.set(xlabel='epoch', ylabel='validation accuracy, %')
     by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True))
     by_time.set_xlabel('seconds of training')
-    fig.legend(*by_epoch.get_legend_handles_labels(), loc='outside right upper', frameon=False)
+    fig.legend(*by_epoch.get_legend_handles_labels(), loc='outside lower center', ncols=columns, frameon=False)
     if path: fig.savefig(path, dpi=150)
     return fig
 
@@ -227,14 +239,15 @@ def epochs_to_baseline(
     baseline:str='none' # The method whose final validation accuracy is to be passed
 ) -> pd.DataFrame:
     """For each method, the epochs and the training time (as a share of the baseline's) after which a run has passed the baseline's final validation accuracy:
-    means over the runs that did, `passed` of `n`.
+    means over the runs that did, `passed` of `n`. The baseline is the first row, then come the methods with the fewest epochs; `'none'` is the row 'student alone'.
 
     Time is that of the student's training, with the teacher's forward but without its training. Raises `ValueError` without runs of the baseline."""
     base = runs[runs.method == baseline]
     if not len(base): raise ValueError(f"There are no runs of the baseline {baseline!r}; there are {', '.join(runs.method.unique())}.")
     goal,total,rows = np.mean([log['accuracy'][-1] for log in base.log]),np.mean([sum(s) for s in base.seconds]),{}
-    for name,g in [(baseline,base), *runs[runs.method != baseline].groupby('method', sort=False)]:
+    for name,g in runs.groupby('method', sort=False):
         first = [next((i for i,a in enumerate(log['accuracy'], 1) if a > goal), np.nan) for log in g.log]
         times = [sum(s[:int(i)])/total if i == i else np.nan for i,s in zip(first, g.seconds)]
-        rows[name] = dict(epochs=pd.Series(first).mean(), time=pd.Series(times).mean(), passed=int(np.sum(~np.isnan(first))), n=len(g))
-    return pd.DataFrame.from_dict(rows, orient='index', columns=['epochs','time','passed','n'])
+        rows[_shown(name)] = dict(epochs=pd.Series(first).mean(), time=pd.Series(times).mean(), passed=int(np.sum(~np.isnan(first))), n=len(g))
+    df = pd.DataFrame.from_dict(rows, orient='index').sort_values(['epochs','time'])
+    return pd.concat([df.loc[[_shown(baseline)]], df.drop(_shown(baseline))])

@@ -48,7 +48,7 @@ dist: install
 	$(bin)/python -m pip install --disable-pip-version-check --quiet -e ".[release]"
 	rm -rf dist
 	$(bin)/python -m build
-	$(bin)/twine check --strict dist/*
+	$(bin)/python -m twine check --strict dist/*
 
 clean:
 	rm -rf .venv runs

@@ -138,10 +138,11 @@ def check_graph(
 def recorded(
     learn # A teacher's `Learner`
 ) -> dict:
-    "The last row of its table, by column; empty if it was not trained here."
+    "The last row of its epoch table, by column; empty if it was not trained here."
     recorder = getattr(learn, 'recorder', None)
-    names,values = getattr(recorder, 'metric_names', None),getattr(recorder, 'values', None)
-    return dict(zip(list(names)[1:], values[-1])) if names and values else {}
+    names = [n for n in getattr(recorder, 'metric_names', []) if n not in ('epoch','time')]
+    rows = [row for row in getattr(recorder, 'values', []) if len(row) == len(names)]  # a `validate` leaves one without `train_loss`
+    return dict(zip(names, rows[-1])) if rows else {}
 
 # %% ../nbs/03c_checks.ipynb #0c3f7434
 def measured(

@@ -297,6 +297,16 @@ def test_a_teacher_whose_recorded_metric_is_far_from_what_it_makes_of_these_data
     dls.add_tfms([Normalize.from_stats([5.]*3, [.1]*3, cuda=False)], 'after_batch')
     with pytest.warns(UserWarning, match='accuracy'): quiet(dls, cnn(seed=2), metrics=accuracy).fit(1, 0., cbs=KD(teacher, SoftTarget))
 
+def test_a_teacher_that_was_validated_after_its_training():
+    "`validate` replaces its epoch table by the metrics of whatever it was shown"
+    dls = photos()
+    teacher = quiet(dls, cnn(), metrics=accuracy)
+    teacher.fit(30, .3)
+    teacher.validate()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        quiet(dls, cnn(seed=2), metrics=accuracy).fit(1, 0., cbs=KD(teacher, SoftTarget))
+
 def test_classes_that_no_loss_looks_at():
     "Losses on activations know no classes; the refusal of unknown classes itself advises them"
     other = photos()

@@ -12,7 +12,7 @@ from fastcore.script import anno_parser
 from . import __version__
 
 # %% auto #0
-__all__ = ['commands', 'number', 'run', 'table', 'plot', 'models', 'main']
+__all__ = ['commands', 'number', 'run', 'new', 'table', 'plot', 'models', 'main']
 
 # %% ../nbs/07_cli.ipynb #cli00005
 def number(
@@ -29,34 +29,51 @@ def _load(out):
     from fastkd.experiments.records import Results
     runs = Results(Path(out)/'results.jsonl').read()
     if not runs: raise ValueError(f"There are no results in {out}: run `fastkd run RECIPE --out {out}` first.")
-    return [g for _,g in pd.DataFrame(runs).groupby(['comparison', [r['teacher']['checksum'] for r in runs]], sort=False)]
+    return [g for _,g in pd.DataFrame([r.row() for r in runs]).groupby(['comparison', [r.teacher['checksum'] for r in runs]], sort=False)]
 
 # %% ../nbs/07_cli.ipynb #fdb36441
 def run(
-    recipe:str, # What to run, e.g. digits; see below
-    methods:str=None, # Methods, separated by commas, e.g. "none,soft,soft(T=7,weight=0.7),soft+fitnet"; the recipe's own unless given; see below
-    seeds:number=5, # Number of seeds
-    epochs:number=None, # Epochs of the student's training, in place of the recipe's
+    what:str, # What to run: a recipe, e.g. digits (see below), or a file, e.g. my_experiment.py
+    methods:str=None, # Methods, separated by commas, e.g. "none,soft,soft(T=7,weight=0.7),soft+fitnet"; the recipe's or the file's own unless given; see below
+    seeds:number=None, # Number of seeds; 5 unless given
+    epochs:number=None, # Epochs of the student's training, in place of the recipe's or the file's
     teacher_epochs:number=None, # Epochs of the teacher's training, in place of the recipe's
     device:str=None, # cpu or cuda; a GPU if there is one, unless given
     data:str=None, # Folder with the data, in place of a download
-    out:str=None, # Folder for teacher and results; runs/RECIPE unless given
+    out:str=None, # Folder for teacher and results; runs/NAME unless given
     statistics:bool=False, # Keep mean and standard deviation of each parameter and its gradient, for each epoch?
     bf16:bool=False, # Train in bfloat16 mixed precision, channels-last, with a bfloat16 copy of the teacher?
-    augment:bool=False # Augment what the student trains on, with and without a teacher, as the recipe does for its teacher?
+    augment:bool=False, # Augment what the student trains on, with and without a teacher, as the recipe does for its teacher?
+    set:str=None # Settings of a file, separated by commas, e.g. "lr=0.003,n_train=500"
 ):
-    "Train a teacher once, then the student with each method and seed. A command that was stopped continues where it was."
+    "Train the student with each method and seed, and a recipe's teacher before. A command that was stopped continues where it was."
     from fastkd.methods import split_methods
-    from fastkd.experiments.compare import compare
-    from fastkd.experiments.recipes import find_recipe
-    out,r = out or f'runs/{recipe}',find_recipe(recipe)
-    if augment:
-        if not r.augment: raise ValueError(f"The recipe {recipe!r} has no augmentation.")
-        r = replace(r, student_augment=r.augment)
-    compare(r, split_methods(methods) if methods else None, seeds, epochs, teacher_epochs, device, data, out, statistics, bf16)
+    methods,out = split_methods(methods) if methods else None,out or f'runs/{Path(what).stem}'
+    if what.endswith('.py'):
+        from fastkd.experiments.files import parse_settings, run_experiment
+        for name,given in dict(teacher_epochs=teacher_epochs, device=device, data=data, statistics=statistics, bf16=bf16, augment=augment).items():
+            if given: raise ValueError(f"`--{name.replace('_', '-')}` is for recipes; in {what} it is up to `make_teacher` and `make_student`.")
+        run_experiment(what, parse_settings(set) if set else None, methods=methods, seeds=seeds, epochs=epochs, out=out)
+    else:
+        from fastkd.experiments.compare import run_recipe
+        from fastkd.experiments.recipes import find_recipe
+        r = find_recipe(what)
+        if set: raise ValueError("`--set` is for files; a recipe has options of its own, see `fastkd run --help`.")
+        if augment:
+            if not r.augment: raise ValueError(f"The recipe {what!r} has no augmentation.")
+            r = replace(r, student_augment=r.augment)
+        run_recipe(r, methods, 5 if seeds is None else seeds, epochs, teacher_epochs, device, data, out, statistics, bf16)
     print()
     table(out)
     plot(out)
+
+def new(
+    file:str # The file to write, e.g. my_experiment.py
+):
+    "Write a file that compares methods on your own data and models; it runs as it stands, on digits."
+    from fastkd.experiments.files import write_experiment
+    path = write_experiment(file)
+    print(f'{path} compares methods on digits. Run it with `fastkd run {path}`, then put your own data and models in.')
 
 # %% ../nbs/07_cli.ipynb #cli00007
 def _choices():
@@ -112,7 +129,7 @@ def models(
 
 # %% ../nbs/07_cli.ipynb #cli00002
 #: The subcommands by name
-commands = {f.__name__: f for f in (run,table,plot,models)}
+commands = {f.__name__: f for f in (run,new,table,plot,models)}
 
 def _usage():
     lines = [f'  {n:8}{f.__doc__}' for n,f in commands.items()]

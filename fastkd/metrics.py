@@ -33,20 +33,21 @@ class TeacherModel(nn.Module):
 # %% ../nbs/04b_metrics.ipynb #a810814e
 @patch
 def teacher_metrics(self:KnowledgeDistillationCallback,
-    learn:Learner=None # The student's learner; by default that of the present or last fit
+    learn:Learner=None, # The student's learner; by default that of the present or last fit
+    dl=None # A `DataLoader` with labels; the validation set by default
 ) -> dict:
-    "Is the teacher any good? The learner's loss and metrics for the teacher itself, on the validation set."
+    "Is the teacher any good? The learner's loss and metrics for the teacher itself, on the validation set or on `dl`."
     learn = learn or self.learn or (self.result and self.result.learn())
     if learn is None: raise ValueError("There has been no fit yet: name the learner, `teacher_metrics(learn)`.")
     metrics = [copy.deepcopy(m) for m in learn.metrics if self.session is None or m not in self.session.columns]
     with self.teacher.on(getattr(learn.dls, 'device', None), dls=learn.dls):
-        try: values = _validated(self.teacher, learn, metrics)
+        try: values = _validated(self.teacher, learn, metrics, dl)
         except (TypeError,IndexError,KeyError,AttributeError):
             if len(self.teacher.models) > 1: raise
-            values = _validated(self.teacher, learn, metrics, raw=True)
+            values = _validated(self.teacher, learn, metrics, dl, raw=True)
     return dict(zip(['loss', *(m.name for m in metrics)], values))
 
-def _validated(teacher, learn, metrics, raw=False):
+def _validated(teacher, learn, metrics, dl=None, raw=False):
     guest = Learner(learn.dls, TeacherModel(teacher, learn.loss_func, raw), learn.loss_func,
         metrics=metrics, default_cbs=False, cbs=[TrainEvalCallback,Recorder])
-    return guest.validate()
+    return guest.validate(dl=dl)

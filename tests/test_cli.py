@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import fastkd
 from fastkd.cli import main
-from fastkd.experiments import compare
+from fastkd.experiments import run_recipe
 from fastkd.experiments.recipes import augmented, recipes
 from fastkd.methods import named_methods, schedules
 
@@ -48,9 +48,9 @@ def test_a_killed_command_goes_on_where_it_stopped(killed):
     assert f'{len(before)} of 8 runs are finished already' in text
 
 def test_its_numbers_are_those_of_an_unbroken_one(killed, tmp_path):
-    unbroken = compare('digits', ['none','soft(T=4)'], 4, epochs=4, teacher_epochs=2, device='cpu', out=tmp_path, show=False)
-    expected = {(r.method,r.seed): (r.accuracy,r.log) for r in unbroken.itertuples()}
-    assert {(r['method'],r['seed']): (r['accuracy'],r['log']) for r in map(json.loads, lines(killed[0]))} == expected
+    unbroken = run_recipe('digits', ['none','soft(T=4)'], 4, epochs=4, teacher_epochs=2, device='cpu', out=tmp_path, show=False)
+    expected = {(r.method,r.seed): (r.accuracy,r.log) for r in unbroken.frame.itertuples()}
+    assert {(r['method'],r['seed']): (r['value'],r['log']) for r in map(json.loads, lines(killed[0]))} == expected
 
 def test_table_and_charts_are_written(killed):
     out,*_,text,err = killed
@@ -90,7 +90,7 @@ def test_two_teachers_in_one_folder_make_two_tables(killed, tmp_path, capsys):
     assert main(['table',str(tmp_path)]) == 0 and capsys.readouterr().out.count('test rows') == 2
 
 @pytest.mark.parametrize('args,words', [
-    (['rum'], "no command 'rum'"), (['run'], 'recipe'), (['run','digit'], 'mnist'), (['run','digits','--methods','sotf'], 'did you mean soft'),
+    (['rum'], "no command 'rum'"), (['run'], 'what'), (['run','digit'], 'mnist'), (['run','digits','--methods','sotf'], 'did you mean soft'),
     (['run','digits','--methods','soft(T=)'], 'name=value'), (['run','digits','--methods','soft(weight=2)'], 'label_weight'),
     (['run','digits','--methods','none,none'], 'once'),
     (['run','digits','--seeds','0'], '1 or more'), (['run','digits','--seeds','three'], "must be a whole number, got 'three'"),
@@ -151,23 +151,23 @@ def test_a_failing_download_does_not_show_a_stack(capsys, tmp_path, monkeypatch)
 
 def test_interrupted_with_a_sentence(capsys, monkeypatch):
     def interrupted(*args, **kwargs): raise KeyboardInterrupt
-    monkeypatch.setattr(import_module('fastkd.experiments.compare'), 'compare', interrupted)
+    monkeypatch.setattr(import_module('fastkd.experiments.compare'), 'run_recipe', interrupted)
     assert main(['run','digits']) == 130
     assert 'the same command resumes' in capsys.readouterr().err
 
 def test_the_students_batches_are_augmented_when_asked(capsys, monkeypatch):
     asked = []
-    monkeypatch.setattr(import_module('fastkd.experiments.compare'), 'compare', lambda recipe, *args: asked.append(recipe))
+    monkeypatch.setattr(import_module('fastkd.experiments.compare'), 'run_recipe', lambda recipe, *args: asked.append(recipe))
     for options in [], ['--augment']: main(['run','pets-scratch','--out','nowhere',*options])
     assert [r.student_augment for r in asked] == [None, augmented] and asked[1] == replace(asked[0], student_augment=augmented)
 
 def test_help(capsys):
     assert main([]) == 0 and main(['--help']) == 0
     out = capsys.readouterr().out
-    for name in 'run','table','plot','models': assert f'  {name} ' in out
+    for name in 'run','new','table','plot','models': assert f'  {name} ' in out
     assert main(['run','--help']) == 0
     out = capsys.readouterr().out
-    for option in 'recipe','--methods','--seeds','--epochs','--device','--data','--out','--bf16','--augment': assert option in out
+    for option in 'what','--methods','--set','--seeds','--epochs','--device','--data','--out','--bf16','--augment': assert option in out
     for choice in *recipes,'none',*named_methods(),*schedules: assert re.search(rf'(^|[ ,]){re.escape(choice)}([ ,.:]|$)', out, re.M), choice
     assert max(map(len, out[out.index('Recipes'):].splitlines())) <= 80
     assert main(['--version']) == 0 and capsys.readouterr().out.strip() == fastkd.__version__

@@ -9,9 +9,9 @@ from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner
 from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import SchedLin
 from fastai.optimizer import Adam
-from fastkd.experiments import Fit, Method, Parts, Recipe, Results, caption, compare, find_recipe
+from fastkd.experiments import Fit, Method, Parts, Recipe, Results, caption, find_recipe, run_recipe
 from fastkd.experiments.recipes import ArrayLoader, perceptron, pytorch_adam
-from fastkd.experiments.training import train
+from fastkd.experiments.training import new_learner, recipe_learner, run_fit, train
 from fastkd.feature_losses import FeatureLoss
 from fastkd.losses import KDLoss, Logits, SoftTarget
 
@@ -27,6 +27,7 @@ def blobs(folder=None):
 
 recipe = Recipe('blobs', 'three clouds of points', blobs, teacher=partial(perceptron, 2, 16, 3), teacher_fit=Fit(2, 0.02, bs=20),
     student=partial(perceptron, 2, 3, 3, dropout=0.1), student_fit=Fit(2, 0.02, bs=20), layers=(['2'],['2']))
+def compare(*args, **kwargs): return run_recipe(*args, **kwargs).frame
 run = partial(compare, recipe, device='cpu', show=False)
 
 def comparable(runs): return runs[['method','seed','accuracy','log']].values.tolist()
@@ -68,7 +69,8 @@ def test_the_student_alone_is_that_of_plain_fastai(finished):
 def test_the_sources_optimizer_is_pytorchs():
     "a loop of plain PyTorch, step by step"
     parts,fit = blobs(),Fit(3, 0.02, **pytorch_adam, bs=20)
-    learn,result = train(partial(perceptron, 2, 8, 3), parts.dls(fit.bs), fit, 5)
+    learn = new_learner(partial(recipe_learner, partial(perceptron, 2, 8, 3), parts.dls(fit.bs), fit), 5)
+    result = train(learn, partial(run_fit, fit), learn.dls[2])
     torch.manual_seed(5)
     model = perceptron(2, 8, 3)
     opt = torch.optim.Adam(model.parameters(), 0.02)
@@ -80,7 +82,7 @@ def test_the_sources_optimizer_is_pytorchs():
             opt.step()
             opt.zero_grad()
     for a,b in zip(learn.model.parameters(), model.parameters()): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
-    with torch.no_grad(): assert result['accuracy'] == pytest.approx((model(parts.test[0]).argmax(1) == parts.test[1]).float().mean().item())
+    with torch.no_grad(): assert result['values']['accuracy'] == pytest.approx((model(parts.test[0]).argmax(1) == parts.test[1]).float().mean().item())
 
 def test_the_teacher_is_trained_once_and_kept(finished):
     out,runs = finished
@@ -125,7 +127,7 @@ def test_the_students_augmentation_is_for_the_students(finished, tmp_path):
         seen.append(len(x))
         return -x
     runs = compare(replace(recipe, student_augment=mirrored), ['none','soft'], 1, device='cpu', out=tmp_path, show=False)
-    assert seen == [16]*2 + [20]*3*2*2 and len(list(tmp_path.glob('teacher-*'))) == 1
+    assert seen == [20]*2 + [20]*3*2*2 and len(list(tmp_path.glob('teacher-*'))) == 1
     assert set(runs.comparison).isdisjoint(single.comparison) and runs.teacher[0] == single.teacher[0]
     assert runs.log[0]['train_loss'] != single.log[0]['train_loss']
     assert ', augmented,' in caption(runs) and 'augmented' not in caption(pd.concat([single.drop(columns=['augmented','bf16']), single]))
@@ -256,7 +258,7 @@ def test_other_settings_are_run(tmp_path):
     for change in changes: ran += run(**{'methods': ['soft'], 'seeds': 1, **change}, out=tmp_path).when.index.tolist()
     runs = Results(tmp_path/'results.jsonl').read()
     assert len(ran) == len(changes) and len(runs) == len(changes)+1
-    assert len({(r['comparison'],r['method'],r['seed']) for r in runs}) == len(runs) and len({r['comparison'] for r in runs}) == 4
+    assert len({(r.comparison,r.method,r.seed) for r in runs}) == len(runs) and len({r.comparison for r in runs}) == 4
 
 def test_finished_runs_of_version_01_are_found(tmp_path, monkeypatch):
     "the committed results on digits, with nothing but their text"
@@ -274,14 +276,14 @@ def test_finished_runs_of_version_01_are_found(tmp_path, monkeypatch):
 def test_comparisons_of_version_01_are_known(name):
     "every recipe, augmentation and callback of the committed results, computed without their data"
     runs = Results(results/f'{name}.jsonl').read()
-    for r in {r['comparison']: r for r in runs}.values():
-        changed = find_recipe(r['recipe'])
-        changed = replace(changed, layers=r['layers'], student_augment=changed.augment if r.get('augmented') else None,
-            student_fit=replace(changed.student_fit, epochs=r['settings']['fit']['epochs']), teacher_fit=replace(changed.teacher_fit, epochs=r['teacher_fit']['epochs']),
-            student_cbs=(partial(MixUp, 1.),) if isinstance(r.get('callbacks'), list) and r['callbacks'] else ())
-        e = C.Experiment(changed, blobs(), torch.device('cpu'), Results('none'), bf16=r['bf16'])
-        e.common = dict(e.common, data=r['data'])
-        assert e.comparison == r['comparison']
+    for r in {r.comparison: r for r in runs}.values():
+        changed,more = find_recipe(r.more['recipe']),r.more
+        changed = replace(changed, layers=more['layers'], student_augment=changed.augment if more.get('augmented') else None,
+            student_fit=replace(changed.student_fit, epochs=r.settings['fit']['epochs']), teacher_fit=replace(changed.teacher_fit, epochs=r.teacher_fit['epochs']),
+            student_cbs=(partial(MixUp, 1.),) if isinstance(more.get('callbacks'), list) and more['callbacks'] else ())
+        e = C.RecipeExperiment(changed, blobs(), torch.device('cpu'), Results('none'), bf16=more['bf16'])
+        e.common = dict(e.common, data=r.data)
+        assert e.comparison == r.comparison
 
 def test_a_named_object_is_found_by_its_name(tmp_path):
     first = run(['none', {'mine': [SoftTarget(3), Logits()]}], 1, out=tmp_path)
@@ -313,7 +315,7 @@ def holding(loss, o):
     ids=lambda o: type(o).__name__)
 def test_a_loss_may_hold_anything(o, tmp_path):
     runs = run({'mine': holding(Many(1.), o), 'other': itself(Many(2.))}, 1, out=tmp_path)
-    assert runs.accuracy.notna().all() and Results(tmp_path/'results.jsonl').read()[0]['method'] == 'mine'
+    assert runs.accuracy.notna().all() and Results(tmp_path/'results.jsonl').read()[0].method == 'mine'
 
 @pytest.mark.parametrize('changed', [SoftTarget(4), [SoftTarget(3), Logits()], Method('mine', SoftTarget(3), 0.7)])
 def test_an_object_that_has_changed_under_its_name_is_told(changed, tmp_path):
@@ -356,8 +358,8 @@ def test_a_result_carries_what_reproduces_it(finished):
     r = finished[1].iloc[5]
     assert r.versions.keys() >= {'python','torch','fastai','fastkd'} and r.device == 'cpu' and r.seed == 2 and r.method == 'soft'
     assert r.settings['method']['weight'] == [0.5] and r.settings['fit']['epochs'] == 2 and len(r.seconds) == 2
-    assert r.log.keys() == {'train_loss','valid_loss','accuracy','label_loss','kd_loss'}
-    assert all(np.isfinite(r.log['label_loss'] + r.log['kd_loss']))
+    assert r.log.keys() == {'train_loss','valid_loss','accuracy','kd_loss'}
+    assert all(np.isfinite(r.log['kd_loss']))
     assert not [line for line in finished[0].joinpath('results.jsonl').read_text().splitlines() if 'NaN' in line or str(finished[0]) in line]
 
 def test_statistics_are_made_where_they_are_missing(tmp_path):
@@ -395,7 +397,7 @@ def test_a_method_that_does_not_fit_says_so_in_one_sentence(tmp_path):
         return (pred-teacher_pred).square().mean()
     broken = replace(recipe, student=student)
     with pytest.raises(ValueError, match='^mine: a broken student$'): compare(broken, ['none', {'mine': afterwards}], 1, device='cpu', out=tmp_path, show=False)
-    assert [r['method'] for r in Results(tmp_path/'results.jsonl').read()] == ['none']   # what was finished is kept
+    assert [r.method for r in Results(tmp_path/'results.jsonl').read()] == ['none']   # what was finished is kept
 
 def test_a_run_prints_nothing(tmp_path, capsys):
     run(['none','soft','fitnet'], 1, out=tmp_path)

@@ -3,7 +3,7 @@ import random, shutil
 import numpy as np, pytest, torch
 from PIL import Image
 from torch import nn
-from fastkd.experiments import compare
+from fastkd.experiments import run_recipe
 from fastkd.experiments import recipes as R
 from fastkd.experiments.recipes import ArrayLoader, MissingData, recipes, stratified
 from fastkd.methods import method
@@ -194,11 +194,6 @@ def test_damaged_files_of_mnist(tmp_path):
     with pytest.raises(MissingData, match='--data') as e: R.mnist_data(tmp_path)
     assert '\n' not in str(e.value)
 
-def test_a_sample_is_from_all_over_the_data():
-    parts = R.digits_data().sample(16)
-    assert [len(p[1]) for p in (parts.train,parts.valid,parts.test)] == [16]*3 and parts.train[0].shape == (16,1,8,8)
-    assert len(R.digits_data().sample(10**6).train[1]) == 400
-
 @pytest.mark.parametrize('name', ['mnist','cifar10','cifar10-tutorial','pets'])
 def test_missing_data_are_one_sentence_with_the_cure(name, tmp_path):
     with pytest.raises(MissingData, match='--data') as e: recipes[name].data(tmp_path/'nothing')
@@ -230,5 +225,5 @@ def test_teacher_and_student_put_out_the_same_classes(name):
 
 @pytest.mark.parametrize('name,methods', [('cifar10-tutorial',None), ('cifar10',['none','soft(T=5,weight=0.4,label_weight=0.5)','attention'])])
 def test_recipes_run(name, methods, cifar_folder, tmp_path):
-    runs = compare(name, methods, 1, epochs=1, teacher_epochs=1, device='cpu', data=cifar_folder, out=tmp_path, show=False)
+    runs = run_recipe(name, methods, 1, epochs=1, teacher_epochs=1, device='cpu', data=cifar_folder, out=tmp_path, show=False).frame
     assert len(runs) == len(methods or recipes[name].methods) and runs.accuracy.between(0, 1).all() and set(runs.data.str[0]) == {'CIFAR-10 (JPEG copy)'}

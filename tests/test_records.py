@@ -5,13 +5,14 @@ from multiprocessing import get_context
 from pathlib import Path
 import pytest, torch
 from fastai.callback.mixup import MixUp
-from fastkd.experiments.records import Results, fingerprint, model_layout, named_function, provenance, same_settings
+from fastkd.experiments.records import Results, Run, parse_run, fingerprint, model_layout, named_function, provenance, same_settings
 
 #: what a run has besides its comparison, its method and its seed
 rest = dict(accuracy=0.5, parameters=7, seconds=[1.], log=dict(accuracy=[0.5]), data=['blobs',1,1,1,'x'], settings=dict(fit=dict(epochs=1), method={}),
     teacher=dict(accuracy=0.9, parameters=70, checksum='t'), teacher_fit=dict(epochs=1), device='cpu', versions=dict(torch='2'))
 
-def run(method='soft', seed=0, comparison='c', **more): return dict(comparison=comparison, method=method, seed=seed, **rest, **more)
+def line(method='soft', seed=0, comparison='c', **more): return dict(comparison=comparison, method=method, seed=seed, **rest, **more)
+def run(*args, **kwargs): return parse_run(json.dumps(line(*args, **kwargs)))
 
 def written(path, *runs):
     results = Results(path/'results.jsonl')
@@ -40,7 +41,7 @@ def test_runs_of_version_01_are_kept_apart_by_their_keys(tmp_path):
 def test_a_torn_line_is_not_read_and_cut_off(torn, tmp_path):
     results = written(tmp_path, run())
     whole = results.path.read_bytes()
-    results.path.write_bytes(whole + json.dumps(run(seed=1)).encode()[:torn])
+    results.path.write_bytes(whole + json.dumps(line(seed=1)).encode()[:torn])
     assert results.read() == [run()]
     results.append(run(seed=2))
     assert results.read() == [run(), run(seed=2)] and results.path.read_bytes().startswith(whole)
@@ -51,8 +52,8 @@ def test_a_damaged_line_is_named(tmp_path):
     with pytest.raises(ValueError, match='Line 2 of .* is not the record of a run'): results.read()
 
 @pytest.mark.parametrize('line', ['{}', '[]', 'null', '5', '"x"', 'NaN', '', '{"key": "a"}', '{"key":"a","comparison":"c","teacher":{}}', '['*10**5, '\xff',
-    *[json.dumps({k: v for k,v in run().items() if k != lost}) for lost in ('method','seed','accuracy','seconds','log','settings','teacher','device')],
-    *[json.dumps(run() | odd) for odd in (dict(accuracy='0.5'), dict(accuracy=None), dict(seconds=[]), dict(teacher=[]), dict(log={}), dict(seed=None))]])
+    *[json.dumps({k: v for k,v in line().items() if k != lost}) for lost in ('method','seed','accuracy','seconds','log','settings','teacher','device')],
+    *[json.dumps(line() | odd) for odd in (dict(accuracy='0.5'), dict(accuracy=None), dict(seconds=[]), dict(teacher=[]), dict(log={}), dict(seed=None))]])
 def test_a_line_that_is_no_run_is_named(line, tmp_path):
     results = written(tmp_path, run())
     results.path.write_bytes(results.path.read_bytes() + line.encode('latin1') + b'\n')
@@ -77,8 +78,8 @@ def test_processes_append_to_one_file_and_no_row_is_lost(tmp_path):
     for p in processes: p.start()
     for p in processes: p.join()
     assert not any(p.exitcode for p in processes)
-    assert {(r['method'],r['seed']) for r in Results(path).lines()} == {(f'{i}',j) for i in range(4) for j in range(100)}
-    assert len(path.read_bytes().splitlines()) == 400 and [f.name for f in tmp_path.iterdir()] == ['results.jsonl']
+    assert {(r.method,r.seed) for r in Results(path).lines()} == {(f'{i}',j) for i in range(4) for j in range(100)}
+    assert len(path.read_bytes().splitlines()) == 400 and sorted(f.name for f in tmp_path.iterdir()) == ['.locks','results.jsonl']
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
     (tmp_path/'file').write_text('')

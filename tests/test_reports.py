@@ -129,7 +129,7 @@ def test_epochs_to_the_baseline():
     ('cifar10','fitnet',3.97,3.81,4.13,True), ('pets-scratch','attention-paper',7.25,3.47,11.03,False)])
 def test_results_of_version_01_give_the_same_table(name, method, difference, low, high, significant):
     "the figures of the README"
-    runs = pd.DataFrame(Results(results/f'{name}.jsonl').read())
+    runs = pd.DataFrame([r.row() for r in Results(results/f'{name}.jsonl').read()])
     if name == 'pets-scratch': runs = runs[~runs.method.isin(['dist','standardised'])]
     row = table(runs).loc[method]
     assert row[['difference','low','high']].tolist() == pytest.approx([difference,low,high], abs=0.006)
@@ -166,7 +166,7 @@ def test_charts(tmp_path, monkeypatch):
     sure = chart(made(none=[50.,60.,70.], b=[54.,64.,74.1], lost=[48.,58.,68.1])).axes[1]
     assert {line.get_color(): len(line.get_xdata()) for line in sure.lines if line.get_marker() == 'o'} == {'C0': 1, 'C3': 1, '0.6': 0}
     many = made(**{f'method{i}': [50.] for i in range(23)})
-    for ax in curves(many).axes: assert len({(line.get_color(), line.get_linestyle()) for line in ax.lines}) == 23
+    for ax in curves(many).axes: assert len({(line.get_color(), line.get_linestyle()) for line in ax.lines}) == 24  # with the teacher's
 
 @pytest.mark.parametrize('baseline', ['none','other'])
 def test_one_seed_or_no_baseline_is_drawn(baseline, recwarn):
@@ -178,7 +178,7 @@ def test_curves_have_a_band_over_seeds_and_begin_where_methods_differ():
     runs = made(a=[60.,64.], none=[50.,60.])
     runs['log'] = [dict(accuracy=[0.1,0.5,a]) for a in runs.accuracy]
     ax = curves(runs).axes[0]
-    assert [line.get_label() for line in ax.lines] == ['student alone','a'] and ax.lines[0].get_color() == 'black'
+    assert [line.get_label() for line in ax.lines] == ['student alone','a','teacher'] and ax.lines[0].get_color() == 'black'
     band = ax.collections[1].get_paths()[0].vertices
     assert {round(y, 3) for x,y in band if x == 3} == {round(62-8**0.5, 3), round(62+8**0.5, 3)}
     assert 30 < ax.get_ylim()[0] < 50  # the first epoch, 10 %, is left out
@@ -210,4 +210,4 @@ def test_epochs_are_whole_numbers_and_one_epoch_is_seen():
     runs = made(none=[50.], a=[60.])
     for ax in curves(runs).axes[:1]: assert all(float(t).is_integer() for t in ax.get_xticks())
     runs['log'],runs['seconds'] = [[dict(accuracy=[0.5])]*2,[[1.]]*2]
-    assert all(line.get_marker() == 'o' for ax in curves(runs).axes for line in ax.lines)
+    assert all(line.get_marker() == 'o' for ax in curves(runs).axes for line in ax.lines if line.get_label() != 'teacher')

@@ -106,15 +106,6 @@ class Parts:
         return DataLoaders(loader(*self.train, bs=bs, shuffle=True, after_batch=both),
             *[loader(*part, bs=512, after_batch=self.tfm) for part in (self.valid,self.test)], device=torch.device(device))
 
-    def sample(self,
-        n:int # Rows of each part
-    ):
-        "The same data with `n` rows of each part, from all over it."
-        def some(xs, ys):
-            idxs = torch.linspace(0, len(ys)-1, min(n, len(ys))).long()
-            return [xs[i] for i in idxs] if isinstance(xs, list) else xs[idxs], ys[idxs]
-        return replace(self, **{k: some(*getattr(self, k)) for k in ('train','valid','test')})
-
 # %% ../../nbs/06b_recipes.ipynb #e8d63dbf
 def stratified(
     ys, # Labels

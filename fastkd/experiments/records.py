@@ -5,18 +5,19 @@
 # %% ../../nbs/06a_records.ipynb #rec00004
 from __future__ import annotations
 import hashlib, json, os, platform, re, subprocess, tempfile
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 import torch
 import fastkd
 from fastcore.basics import patch
-try: import fcntl
-except ImportError: import msvcrt  # Windows
+from filelock import FileLock, Timeout
 
 # %% auto #0
-__all__ = ['run_fields', 'fingerprint', 'model_layout', 'named_function', 'has_fields', 'parse_run', 'Results', 'same_settings',
-           'provenance']
+__all__ = ['run_fields', 'fingerprint', 'model_layout', 'named_function', 'Run', 'has_fields', 'parse_run', 'Results',
+           'same_settings', 'provenance']
 
 # %% ../../nbs/06a_records.ipynb #rec00007
 def fingerprint(
@@ -48,10 +49,36 @@ def named_function(
     raise ValueError(f"Finished runs are found by the names of the functions that they used, but {o!r} has none: define a function with `def`.")
 
 # %% ../../nbs/06a_records.ipynb #rec00027
-#: The fields of a run that tables and charts read, with values of their types
-run_fields = dict(comparison='', method='', seed=0, accuracy=0., parameters=0, seconds=[0.], log=dict(accuracy=[]), data=['',0,0,0,''],
-    settings=dict(fit=dict(epochs=0), method={}), teacher=dict(accuracy=0., parameters=0, checksum=''), teacher_fit=dict(epochs=0),
-    device='', versions=dict(torch=''))
+@dataclass
+class Run:
+    "A finished run."
+    comparison:str # Fingerprint of everything that decides its numbers, except method and seed
+    method:str # Name of the method
+    seed:int # Of the weights, the order of the batches, dropout and augmentation
+    value:float|None # The metric at the end, `None` where it is not finite
+    parameters:int # Of the student
+    seconds:list # Of training, for each epoch
+    log:dict # `{column: values}` of the epoch table
+    data:list # What the data are; rows to train on, for the epoch table and for `value`; a fingerprint
+    settings:dict # Of the training (`fit`) and of the method
+    teacher:dict # Its `value`, `parameters` and `checksum`
+    teacher_fit:dict # How it was trained, empty where that is not known
+    device:str # What it ran on
+    versions:dict # Of Python and the packages
+    metric:str='accuracy' # What `value` is
+    better:str='higher' # 'higher' or 'lower'
+    on:str='test' # What `value` was measured on, 'test' or 'validation'
+    version:int=2 # Of this format
+    more:dict=field(default_factory=dict) # All else
+
+    def row(self) -> dict:
+        "The run as a row of a table, in which `value` has the name of its metric"
+        teacher = {**self.teacher, self.metric: self.teacher['value']}
+        return {**self.more, **{k: v for k,v in vars(self).items() if k != 'more'}, self.metric: self.value, 'teacher': teacher}
+
+#: Values of the fields that a line must have, of their types
+run_fields = dict(comparison='', method='', seed=0, parameters=0, seconds=[], log={}, data=['',0,0,0,''],
+    settings=dict(fit=dict(epochs=0), method={}), teacher=dict(parameters=0, checksum=''), teacher_fit={}, device='', versions=dict(torch=''))
 
 def has_fields(
     o, # Anything that JSON can hold
@@ -62,21 +89,24 @@ def has_fields(
     if isinstance(fields, list): return isinstance(o, list) and len(o) >= len(fields) and all(map(has_fields, o, fields))
     return isinstance(o, (int,float) if isinstance(fields, float) else type(fields))
 
+def _of_version_1(o):
+    "A record of version 0.1, which always had an accuracy, in the present form"
+    if not has_fields(o, dict(accuracy=0., seconds=[0.], log=dict(accuracy=[]), teacher=dict(accuracy=0.), teacher_fit=dict(epochs=0))): return {}
+    teacher = {'value' if k == 'accuracy' else k: v for k,v in o['teacher'].items()}
+    return {'value' if k == 'accuracy' else k: v for k,v in o.items()} | dict(teacher=teacher, version=2)
+
 def parse_run(
     line:bytes # A line of a file
-) -> dict|None:
+) -> Run|None:
     "The run in a line; `None` if it holds none."
-    try: run = json.loads(line)
+    try: o = json.loads(line)
     except (ValueError,RecursionError): return None
-    return run if has_fields(run, run_fields) else None
+    if isinstance(o, dict) and 'version' not in o: o = _of_version_1(o)
+    if not has_fields(o, run_fields) or not {'value'} <= o.keys() & o['teacher'].keys(): return None
+    known = {f.name for f in fields(Run)}
+    return Run(**{k: v for k,v in o.items() if k in known}, more={k: v for k,v in o.items() if k not in known})
 
 # %% ../../nbs/06a_records.ipynb #rec00030
-def _lock(file):
-    "Wait until no other process has locked `file`; closing it frees the lock"
-    if 'fcntl' in globals(): return fcntl.flock(file, fcntl.LOCK_EX)
-    file.seek(2**40)  # on Windows a lock keeps others from reading, so a byte is locked that no file reaches
-    msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
-
 def _end_last_line(file):
     "Give the last line its newline if it is whole, else remove it"
     file.seek(0)
@@ -93,16 +123,41 @@ class Results:
         path # The file
     ): self.path = Path(path)
 
-    def append(self, run:dict):
+    def lock(self,
+        name:str # What is locked
+    ) -> FileLock:
+        "A lock that one process holds at a time, and that dies with it."
+        folder = self.path.parent/'.locks'
+        folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(folder/f'{name}.lock')
+
+    def append(self,
+        run:Run # A finished run
+    ):
         "Write `run` at the end."
-        line = (json.dumps(run)+'\n').encode()
+        o = asdict(run)
+        line = (json.dumps(o | o.pop('more'))+'\n').encode()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, 'a+b') as file:
-            _lock(file)
+        with self.lock('results'), open(self.path, 'a+b') as file:
             _end_last_line(file)
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
+
+# %% ../../nbs/06a_records.ipynb #rec00042
+@patch
+@contextmanager
+def claim(self:Results,
+    *run # What the run is known by: comparison, method and seed
+):
+    "Within the block no other process makes this run. Gives `False` where another one does."
+    lock = self.lock(fingerprint([*map(str, run)]))
+    try: lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try: yield True
+    finally: lock.release()
 
 # %% ../../nbs/06a_records.ipynb #rec00032
 @patch
@@ -134,9 +189,9 @@ def read(self:Results) -> list:
     "The runs; of one that was made again the last."
     runs = {}
     for run in self.lines():
-        same = runs.setdefault((run['comparison'], run['method'], run['seed']), {})
-        if 'key' not in run: same.clear()
-        same[str(run.get('key'))] = run
+        same = runs.setdefault((run.comparison, run.method, run.seed), {})
+        if 'key' not in run.more: same.clear()
+        same[str(run.more.get('key'))] = run
     return [run for same in runs.values() for run in same.values()]
 
 @patch
@@ -144,7 +199,7 @@ def finished(self:Results,
     comparison:str # Fingerprint of the comparison
 ) -> dict:
     "`{(method, seed): run}` of one comparison."
-    return {(r['method'],r['seed']): r for r in self.read() if r['comparison'] == comparison}
+    return {(r.method,r.seed): r for r in self.read() if r.comparison == comparison}
 
 # %% ../../nbs/06a_records.ipynb #rec00024
 def same_settings(

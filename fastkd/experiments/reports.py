@@ -4,14 +4,16 @@
 
 # %% ../../nbs/06e_reports.ipynb #rep00004
 from __future__ import annotations
-import textwrap
+import io, re, textwrap
+from base64 import b64encode
 import numpy as np, pandas as pd
 from scipy import stats
 from fastcore.basics import IN_NOTEBOOK
-from .records import same_settings
+from .records import Run, same_settings
 
 # %% auto #0
-__all__ = ['paired', 'holm', 'table', 'markdown', 'plain_table', 'caption', 'chart', 'curves', 'epochs_to_baseline']
+__all__ = ['paired', 'holm', 'lower_is_better', 'Scale', 'table', 'markdown', 'plain_table', 'caption', 'chart', 'curves',
+           'epochs_to_baseline', 'Runs']
 
 # %% ../../nbs/06e_reports.ipynb #rep00012
 def paired(
@@ -36,6 +38,44 @@ def holm(
     adjusted[order] = np.maximum.accumulate(ps[order]*np.arange(len(order), 0, -1)).clip(max=1)
     return adjusted
 
+# %% ../../nbs/06e_reports.ipynb #rep00051
+def lower_is_better(
+    metric:str # Name of a metric
+) -> bool:
+    "Is less of it better? Known of losses and errors."
+    return bool(re.search('loss|error|mse|mae|msle|rmspe|perplexity|hamming', metric.lower()))
+
+class Scale:
+    "How the values of a metric are shown: what they are multiplied by, their unit, and their sign where less is better."
+    def __init__(self,
+        metric:str='accuracy', # Its name
+        better:str=None # 'higher' or 'lower'
+    ):
+        self.metric,self.sign = metric,-1 if (better or ('lower' if lower_is_better(metric) else 'higher')) == 'lower' else 1
+        share = re.search('acc|error_rate', metric)
+        self.by,self.unit,self.points = (100,' %','points') if share else (1,'',metric)
+        self.heading = f'{metric}, %' if share else metric
+
+    @classmethod
+    def of(cls,
+        runs:pd.DataFrame # Runs of one comparison
+    ):
+        "The scale of the metric of these runs."
+        r = runs.iloc[0]
+        return cls(r.get('metric', 'accuracy'), r.get('better'))
+
+    def digits(self,
+        largest:float # The largest value that is shown
+    ) -> int:
+        "How many digits after the point values are shown with."
+        return 2 if self.by == 100 or not largest > 0 or not np.isfinite(largest) else int(np.clip(3-np.floor(np.log10(largest)), 0, 6))
+
+    def text(self,
+        value:float # Of the metric
+    ) -> str:
+        "One value for people."
+        return 'not a number' if value is None or not np.isfinite(value) else f'{self.by*value:.{self.digits(abs(value))}f}{self.unit}'
+
 # %% ../../nbs/06e_reports.ipynb #rep00016
 def _check_comparable(runs):
     if not len(runs): raise ValueError("There are no runs to make a table of.")
@@ -49,39 +89,42 @@ def _check_comparable(runs):
             raise ValueError(f"{name!r} names several methods of different settings here: give each a name of its own.")
 
 # %% ../../nbs/06e_reports.ipynb #rep00017
-def _against(g, base, teacher_accuracy):
+def _against(g, base, teacher, scale):
     "The columns of the table that compare the runs `g` of a method with those of the baseline, with the same seeds"
     seeds = base.index.intersection(g.index)
-    mean,low,high,p = paired(100*(g.accuracy[seeds] - base.accuracy[seeds]))
-    gap = teacher_accuracy - 100*base.accuracy[seeds].mean()
-    time = np.mean([np.mean(g.seconds[s])/np.mean(base.seconds[s]) for s in seeds]) if len(seeds) else np.nan
-    return dict(pairs=len(seeds), difference=mean, low=low, high=high, p=p, closed=100*mean/gap if gap > 0 else np.nan, time=time)
+    mean,low,high,p = paired((scale.by*(g[scale.metric][seeds] - base[scale.metric][seeds])).dropna())
+    gap = teacher - scale.by*base[scale.metric][seeds].mean()
+    time = np.mean([np.mean(g.seconds[s])/np.mean(base.seconds[s]) for s in seeds if len(g.seconds[s]) and len(base.seconds[s])] or [np.nan])
+    return dict(pairs=len(seeds), difference=mean, low=low, high=high, p=p, closed=100*mean/gap if gap*scale.sign > 0 else np.nan, time=time)
 
 # %% ../../nbs/06e_reports.ipynb #rep00018
 def _shown(name): return 'student alone' if name == 'none' else name
 
 def table(
-    runs:pd.DataFrame, # Runs of one comparison, as `compare` returns them
+    runs:pd.DataFrame, # Runs of one comparison, one row for each
     baseline:str='none' # The method that the others are compared with, over the same seeds
 ) -> pd.DataFrame:
-    """The teacher, the baseline and each method, the largest gain first; `'none'` is the row 'student alone'. Columns: accuracy (%, mean and sd over seeds),
+    """The teacher, the baseline and each method, the largest gain first; `'none'` is the row 'student alone'. Columns: the metric, by its name (accuracy in %; mean and sd over seeds),
     parameters, n, paired difference to the baseline (points) with 95 % interval, p, p by Holm, share of the gap between baseline and teacher that is closed (%),
     and time of an epoch relative to the baseline's.
 
     Raises `ValueError` for runs of more than one comparison or teacher, and if one name stands for methods of different settings."""
     _check_comparable(runs)
-    teacher,baseline = runs.teacher.iloc[0],_shown(baseline)
+    scale,teacher,baseline = Scale.of(runs),runs.teacher.iloc[0],_shown(baseline)
+    metric,known = scale.metric,scale.by*np.nan if teacher[scale.metric] is None else scale.by*teacher[scale.metric]
+    runs = runs.assign(**{metric: runs[metric].astype(float)})  # `None` for a metric that is not a number
     methods = {_shown(name): g.drop_duplicates('seed').set_index('seed') for name,g in runs.groupby('method', sort=False)}
-    rows = {'teacher': dict(accuracy=100*teacher['accuracy'], parameters=teacher['parameters'], n=1)}
+    rows = {'teacher': {metric: known, 'parameters': teacher['parameters'] or np.nan, 'n': 1}}
     for name,g in methods.items():
-        rows[name] = dict(accuracy=100*g.accuracy.mean(), sd=100*g.accuracy.std(), parameters=g.parameters.iloc[0], n=len(g))
-        if baseline in methods and name != baseline: rows[name] |= _against(g, methods[baseline], rows['teacher']['accuracy'])
-    columns = ['accuracy','sd','parameters','n','pairs','difference','low','high','p','p_holm','closed','time']
+        values = scale.by*g[metric].dropna()
+        rows[name] = {metric: values.mean(), 'sd': values.std(), 'parameters': g.parameters.iloc[0], 'n': len(values)}
+        if baseline in methods and name != baseline: rows[name] |= _against(g, methods[baseline], known, scale)
+    columns = [metric,'sd','parameters','n','pairs','difference','low','high','p','p_holm','closed','time']
     df = pd.DataFrame.from_dict(rows, orient='index').reindex(columns=columns)
     df['p_holm'] = holm(df.p)
     first = ['teacher', *[baseline]*(baseline in methods)]
-    df = pd.concat([df.loc[first], df.drop(first).sort_values(['difference','accuracy'], ascending=False)])
-    df.attrs['baseline'] = baseline
+    df = pd.concat([df.loc[first], df.drop(first).sort_values(['difference',metric], ascending=scale.sign < 0)])
+    df.attrs.update(baseline=baseline, metric=metric, better='lower' if scale.sign < 0 else 'higher')
     return df
 
 # %% ../../nbs/06e_reports.ipynb #rep00021
@@ -89,13 +132,14 @@ def _compared_with(name): return 'the student alone' if name == 'student alone' 
 
 def _columns(table):
     "`{heading: text of a row}`, with empty text for NaN"
-    baseline = table.attrs.get('baseline', 'student alone')
+    baseline,scale = table.attrs.get('baseline', 'student alone'),Scale(table.attrs.get('metric', 'accuracy'), table.attrs.get('better'))
+    metric,digits = scale.metric,scale.digits(table[scale.metric].abs().max())
     def cell(name, text): return lambda r: '' if np.isnan(r[name]) else text(r)
     def pairs(r): return f' ({int(r.pairs)} pairs)' if r.pairs != r.n else ''
-    return {'accuracy, %': lambda r: f'{r.accuracy:.2f}' + ('' if np.isnan(r.sd) else f' ± {r.sd:.2f}'),
-        'parameters': lambda r: f'{int(r.parameters):,}', 'n': lambda r: f'{int(r.n)}',
-        f'difference to {_compared_with(baseline)}': cell('difference', lambda r: f'{r.difference:+.2f}' + pairs(r)),
-        '95 % interval': cell('low', lambda r: f'{r.low:+.2f} to {r.high:+.2f}'),
+    return {scale.heading: cell(metric, lambda r: f'{r[metric]:.{digits}f}' + ('' if np.isnan(r.sd) else f' ± {r.sd:.{digits}f}')),
+        'parameters': cell('parameters', lambda r: f'{int(r.parameters):,}'), 'n': lambda r: f'{int(r.n)}',
+        f'difference to {_compared_with(baseline)}': cell('difference', lambda r: f'{r.difference:+.{digits}f}' + pairs(r)),
+        '95 % interval': cell('low', lambda r: f'{r.low:+.{digits}f} to {r.high:+.{digits}f}'),
         'p (Holm)': cell('p_holm', lambda r: f'{r.p_holm:.3f}' if r.p_holm >= 0.001 else '< 0.001'),
         'gap closed': cell('closed', lambda r: f'{r.closed:.0f} %'), 'time per epoch': cell('time', lambda r: f'{r.time:.2f} x')}
 
@@ -131,7 +175,8 @@ def plain_table(
     for (name,*_),text in zip(rows, numbers):
         if len(name) > room: lines += textwrap.wrap(name, width)
         lines.append(f"{name if len(name) <= room else '':{first}}  {text}".rstrip())
-    key = f'difference: points, to {baseline} with the same seeds; time: of an epoch, relative to {baseline}.'
+    points = Scale(table.attrs.get('metric', 'accuracy')).points
+    key = f'difference: {points}, to {baseline} with the same seeds; time: of an epoch, relative to {baseline}.'
     return '\n'.join([*lines, '', textwrap.fill(key, width)])
 
 # %% ../../nbs/06e_reports.ipynb #rep00024
@@ -150,10 +195,14 @@ def caption(
     # in a run of an earlier version `bf16`, `augmented` and `callbacks` may be missing, or NaN beside other runs
     def known(k): return v if isinstance(v := r.get(k), (bool,np.bool_,list)) else []
     extras = ''.join(f', {e}' for e in [*['augmented']*bool(known('augmented')), *known('callbacks')])
-    return (f"{name}: accuracy on {n_test:,} test rows that trained no model and chose no setting; "
-        f"student trained for {r.settings['fit']['epochs']} epochs on {n_train:,} rows{extras}, teacher for {r.teacher_fit['epochs']} on the same; "
-        f"mean ± standard deviation over {_seeds(runs)}, differences within seeds; "
-        f"{r.device}{', bfloat16' if known('bf16') else ''}, torch {r.versions['torch']}.")
+    rows = (f'{n_test:,} validation rows (who chooses a method by them finds its figures too good)' if r.get('on') == 'validation' else
+            f'{n_test:,} test rows that trained no model and chose no setting')
+    teacher = f", teacher for {r.teacher_fit['epochs']} on the same" if r.teacher_fit else ''
+    seeds = f'mean ± standard deviation over {_seeds(runs)}, differences within seeds' if runs.seed.nunique() > 1 else 'one seed, so there is no interval'
+    lost = int(runs[Scale.of(runs).metric].isna().sum()) if Scale.of(runs).metric in runs else 0
+    return (f"{name}: {Scale.of(runs).metric} on {rows}; student trained for {r.settings['fit']['epochs']} epochs on {n_train:,} rows{extras}{teacher}; {seeds}; "
+        + f"{lost} of {len(runs)} runs, whose metric is no number, are left out; "*(lost > 0)
+        + f"{r.device}{', bfloat16' if known('bf16') else ''}, torch {r.versions['torch']}.")
 
 # %% ../../nbs/06e_reports.ipynb #rep00027
 def _two_plots(runs, height):
@@ -171,62 +220,91 @@ def _two_plots(runs, height):
     return fig,axs
 
 # %% ../../nbs/06e_reports.ipynb #rep00028
-def _plot_accuracies(ax, table, runs):
-    "Each run, and the mean of each method, beside the teacher"
-    teacher,means = table.accuracy['teacher'],table.accuracy[1:]
-    ax.plot(means, means.index, '|', ms=16, mew=2, color='C0')
-    ax.plot(100*runs.accuracy, runs.method.map(_shown), 'o', color='C0', alpha=0.35, mec='none')
-    ax.axvline(teacher, color='0.5', ls='--')
-    ax.annotate('teacher', (teacher,1), (0,3), xycoords=ax.get_xaxis_transform(), textcoords='offset points', ha='center', color='0.4')
-    ax.set_xlabel('test accuracy, %\n(each seed, and the mean)')
+def _teacher_line(ax, value, line):
+    "A dashed line where the teacher is, with its name"
+    if np.isnan(value): return
+    if line == 'v':
+        ax.axvline(value, color='0.5', ls='--')
+        ax.annotate('teacher', (value,1), (0,3), xycoords=ax.get_xaxis_transform(), textcoords='offset points', ha='center', color='0.4')
+    else: ax.axhline(value, color='0.5', ls='--', lw=1, label='teacher')
 
-def _plot_differences(ax, table):
+def _plot_values(ax, table, runs, scale):
+    "Each run, and the mean of each method, beside the teacher"
+    means = table[scale.metric][1:]
+    ax.plot(means, means.index, '|', ms=16, mew=2, color='C0')
+    ax.plot(scale.by*runs[scale.metric].astype(float), runs.method.map(_shown), 'o', color='C0', alpha=0.35, mec='none')
+    _teacher_line(ax, table[scale.metric]['teacher'], 'v')
+    ax.set_xlabel(f'{_measured(runs)} {scale.heading}\n(each seed, and the mean)')
+
+def _measured(runs): return 'validation' if runs.iloc[0].get('on') == 'validation' else 'test'
+
+def _plot_differences(ax, table, scale):
     "The differences to the baseline, with their intervals"
-    for color,rows in ('C0', table.low > 0), ('C3', table.high < 0), ('0.6', ~((table.low > 0) | (table.high < 0))):
+    good,bad = (table.low > 0, table.high < 0)[::scale.sign]
+    for color,rows in ('C0', good), ('C3', bad), ('0.6', ~(good | bad)):
         t = table[rows & table.difference.notna()]
         ax.errorbar(t.difference, t.index, xerr=(t.difference-t.low, t.high-t.difference), fmt='o', color=color, lw=2)
     ax.axvline(0, color='0.5', lw=1, zorder=0)
-    ax.set_xlabel(f'difference to {_compared_with(table.attrs["baseline"])},\npoints (95 % interval)')
+    ax.set_xlabel(f'difference to {_compared_with(table.attrs["baseline"])},\n{scale.points} (95 % interval{", less is better"*(scale.sign < 0)})')
 
 # %% ../../nbs/06e_reports.ipynb #rep00029
 def chart(
-    runs:pd.DataFrame, # Runs of one comparison
+    runs:pd.DataFrame, # Runs of one comparison, one row for each
     baseline:str='none', # The method that the others are compared with
     path=None # Where to save the chart
 ):
-    "Every run's accuracy, and the paired differences with their intervals, the largest gain first; returns the figure."
-    t = table(runs, baseline)
+    "Every run's metric, and the paired differences with their intervals, the largest gain first; returns the figure."
+    t,scale = table(runs, baseline),Scale.of(runs)
     fig,(left,right) = _two_plots(runs, 1.6+0.32*len(t))
-    _plot_accuracies(left, t, runs)
-    _plot_differences(right, t)
+    _plot_values(left, t, runs, scale)
+    _plot_differences(right, t, scale)
     left.set_ylim(len(t)-1.5, -0.6)
     if path: fig.savefig(path, dpi=150)
     return fig
 
 # %% ../../nbs/06e_reports.ipynb #rep00031
+def _mean_curves(runs, scale):
+    "`{method: (mean, sd, seconds)}` by epoch, over the runs that have the metric of each epoch"
+    curves = {}
+    for name,g in runs.groupby('method'):
+        logs = [log[scale.metric] for log in g.log if log.get(scale.metric)]
+        if not logs: continue
+        values = scale.by*np.array([v[:min(map(len, logs))] for v in logs], dtype=float)
+        seconds = np.array([s[:values.shape[1]] for s in g.seconds if len(s) >= values.shape[1]]).cumsum(-1)
+        curves[name] = values.mean(0),values.std(0, ddof=min(1, len(values)-1)),seconds.mean(0) if len(seconds) else None
+    return curves
+
+def _limits(lines, teacher, sign):
+    "Where an axis begins and ends that shows the second half of the training well, and the teacher"
+    lines = [(sign*m[len(m)//2:], s[len(m)//2:], sign*m) for m,s,_ in lines.values()]
+    low,high = min(m[0] for m,_,_ in lines),max(max(all.max(), (m+s).max()) for m,s,all in lines)
+    begin = max(2*low-high, min(all.min() for *_,all in lines))  # nothing is left out that there is room for
+    end = max(high, sign*teacher) if np.isfinite(teacher) else high
+    return sorted([sign*begin - sign*0.02*(end-begin), sign*(end + 0.08*(end-begin))]) if np.isfinite(end-begin) and end > begin else None
+
 def curves(
-    runs:pd.DataFrame, # Runs of one comparison
+    runs:pd.DataFrame, # Runs of one comparison, one row for each
     path=None # Where to save the chart
 ):
-    "Validation accuracy by epoch and by seconds of training, mean over seeds with a band of ± one standard deviation; returns the figure."
+    "The metric on the validation set by epoch and by seconds of training, mean over seeds with a band of ± one standard deviation; returns the figure."
     from matplotlib import cycler, rcParams
     from matplotlib.ticker import MaxNLocator
-    lines = {name: (a.mean(0), a.std(0, ddof=min(1, len(a)-1))) for name,g in runs.groupby('method')
-             for a in [100*np.array([log['accuracy'] for log in g.log], dtype=float)]}
+    scale = Scale.of(runs)
+    lines,teacher = _mean_curves(runs, scale),runs.teacher.iloc[0].get(scale.metric)
+    teacher = np.nan if teacher is None else scale.by*teacher
     columns = max(1, 105//(max(map(len, lines))+8))  # of the legend
-    fig,(by_epoch,by_time) = _two_plots(runs, 3.4+0.22*-(-len(lines)//columns))
+    fig,(by_epoch,by_time) = _two_plots(runs, 3.4+0.22*-(-(len(lines)+1)//columns))
     styles = iter(cycler(linestyle=['-','--',':','-.']) * cycler(color=rcParams['axes.prop_cycle'].by_key()['color']))  # dashed where the colors run out
-    for name in sorted(lines, key=lambda m: (m != 'none', -lines[m][0][-1])):
-        mean,sd = lines[name]
+    for name in sorted(lines, key=lambda m: (m != 'none', -scale.sign*lines[m][0][-1])):
+        mean,sd,seconds = lines[name]
         style = dict(color='black') if name == 'none' else next(styles)
-        seconds = np.array(runs[runs.method == name].seconds.tolist()).cumsum(1).mean(0)
         for ax,x in (by_epoch, np.arange(1, len(mean)+1)), (by_time, seconds):
+            if x is None: continue
             ax.plot(x, mean, marker='o' if len(mean) == 1 else None, label=_shown(name), **style)  # a line needs two points
             ax.fill_between(x, mean-sd, mean+sd, color=style['color'], alpha=0.15, lw=0)
-    low = min(mean[len(mean)//2] for mean,_ in lines.values())  # from where the second half of the training begins
-    high = max(max(mean.max(), (mean+sd)[len(mean)//2:].max()) for mean,sd in lines.values())
-    if high > low: by_epoch.set_ylim(max(by_epoch.get_ylim()[0], 2*low-high), high + 0.1*(high-low))
-    by_epoch.set(xlabel='epoch', ylabel='validation accuracy, %')
+    for ax in by_epoch,by_time: _teacher_line(ax, teacher, 'h')
+    if limits := _limits(lines, teacher, scale.sign): by_epoch.set_ylim(*limits)
+    by_epoch.set(xlabel='epoch', ylabel=f'validation {scale.heading}')
     by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True))
     by_time.set_xlabel('seconds of training')
     fig.legend(*by_epoch.get_legend_handles_labels(), loc='outside lower center', ncols=columns, frameon=False)
@@ -235,19 +313,83 @@ def curves(
 
 # %% ../../nbs/06e_reports.ipynb #rep00034
 def epochs_to_baseline(
-    runs:pd.DataFrame, # Runs of one comparison
-    baseline:str='none' # The method whose final validation accuracy is to be passed
+    runs:pd.DataFrame, # Runs of one comparison, one row for each
+    baseline:str='none' # The method whose final validation metric is to be passed
 ) -> pd.DataFrame:
-    """For each method, the epochs and the training time (as a share of the baseline's) after which a run has passed the baseline's final validation accuracy:
+    """For each method, the epochs and the training time (as a share of the baseline's) after which a run has passed the baseline's final metric on the validation set:
     means over the runs that did, `passed` of `n`. The baseline is the first row, then come the methods with the fewest epochs; `'none'` is the row 'student alone'.
 
     Time is that of the student's training, with the teacher's forward but without its training. Raises `ValueError` without runs of the baseline."""
-    base = runs[runs.method == baseline]
+    scale,base = Scale.of(runs),runs[runs.method == baseline]
     if not len(base): raise ValueError(f"There are no runs of the baseline {baseline!r}; there are {', '.join(runs.method.unique())}.")
-    goal,total,rows = np.mean([log['accuracy'][-1] for log in base.log]),np.mean([sum(s) for s in base.seconds]),{}
+    def logged(g): return [scale.sign*np.array(log[scale.metric], dtype=float) for log in g.log]
+    goal,total,rows = np.mean([v[-1] for v in logged(base)]),np.mean([sum(s) for s in base.seconds]),{}
     for name,g in runs.groupby('method', sort=False):
-        first = [next((i for i,a in enumerate(log['accuracy'], 1) if a > goal), np.nan) for log in g.log]
-        times = [sum(s[:int(i)])/total if i == i else np.nan for i,s in zip(first, g.seconds)]
+        first = [next((i for i,v in enumerate(values, 1) if v > goal), np.nan) for values in logged(g)]
+        times = [sum(s[:int(i)])/total if i == i and s else np.nan for i,s in zip(first, g.seconds)]
         rows[_shown(name)] = dict(epochs=pd.Series(first).mean(), time=pd.Series(times).mean(), passed=int(np.sum(~np.isnan(first))), n=len(g))
     df = pd.DataFrame.from_dict(rows, orient='index').sort_values(['epochs','time'])
     return pd.concat([df.loc[[_shown(baseline)]], df.drop(_shown(baseline))])
+
+# %% ../../nbs/06e_reports.ipynb #rep00054
+class Runs:
+    "The finished runs of a comparison; in a notebook they show a table and charts."
+    def __init__(self,
+        runs:list, # `Run`s of one comparison
+        experiment=None # Which made them; `add` asks it
+    ): self.runs,self.experiment = list(runs),experiment
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        "One row for each run."
+        return pd.DataFrame([run.row() for run in self.runs])
+
+    def table(self,
+        baseline:str='none' # The method that the others are compared with, over the same seeds
+    ) -> pd.DataFrame:
+        "The teacher, the baseline, and each method with its paired difference to the baseline, as a DataFrame; see `reports.table`."
+        return table(self.frame, baseline)
+
+    def plot(self,
+        baseline:str='none', # The method that the others are compared with
+        path=None # Where to save the chart
+    ):
+        "Every run's metric, and the paired differences with their intervals; returns the figure."
+        return chart(self.frame, baseline, path)
+
+    def plot_curves(self,
+        path=None # Where to save the chart
+    ):
+        "The metric on the validation set by epoch and by seconds of training; returns the figure."
+        return curves(self.frame, path)
+
+    def epochs_to_baseline(self,
+        baseline:str='none' # The method whose final validation metric is to be passed
+    ) -> pd.DataFrame:
+        "After how many epochs, and what share of its training time, the methods pass the baseline's end; see `reports.epochs_to_baseline`."
+        return epochs_to_baseline(self.frame, baseline)
+
+    def add(self,
+        learn, # A trained student
+        method:str, # What its row is called
+        seed:int=0 # Its seed: runs of equal seeds are paired
+    ):
+        "Add a run that was made by hand, and keep it with the others."
+        self.runs = [r for r in self.runs if (r.method,r.seed) != (method,seed)] + [self.experiment.by_hand(learn, method, seed)]
+        return self
+
+    def __len__(self): return len(self.runs)
+    def __iter__(self): return iter(self.runs)
+    def __repr__(self): return f'{plain_table(self.table())}\n\n{textwrap.fill(caption(self.frame), 80)}' if self.runs else 'no runs'
+    def _repr_html_(self):
+        if not self.runs: return 'no runs'
+        head,*rows = _cells(t := self.table(), _columns(t))
+        def row(cells, tag='td'): return '<tr>' + ''.join(f'<{tag}>{c}</{tag}>' for c in cells) + '</tr>'
+        return (f"<table><thead>{row(head, 'th')}</thead><tbody>{''.join(map(row, rows))}</tbody></table><p>{caption(self.frame)}</p>"
+                + ''.join(_picture(fig, what) for fig,what in ((self.plot(), 'Each run, and the differences'), (self.plot_curves(), 'By epoch and by time'))))
+
+def _picture(fig, what):
+    "A figure as HTML"
+    file = io.BytesIO()
+    fig.savefig(file, format='png', dpi=100)
+    return f'<img alt="{what}" src="data:image/png;base64,{b64encode(file.getvalue()).decode()}">'

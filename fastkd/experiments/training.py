@@ -4,34 +4,35 @@
 
 # %% ../../nbs/06c_training.ipynb #trn00004
 from __future__ import annotations
-import hashlib, json, math, os, time, warnings
+import hashlib, json, math, os, random, time, warnings
 from functools import partial
 from pathlib import Path
 import torch
-from fastai.basics import Callback, CrossEntropyLossFlat, Learner, accuracy, noop, set_seed
-from fastai.callback import schedule as _schedule  # `fit_one_cycle`
+from fastai.basics import (Callback, CancelFitException, CancelTrainException, CancelValidException, CrossEntropyLossFlat, Learner, accuracy, noop,
+                           set_seed)
+from fastai.callback import progress as _progress, schedule as _schedule  # `no_bar`, `fit_one_cycle`
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.progress import ProgressCallback
 from fastai.optimizer import Adam
 from ..session import autocast_left
 from .recipes import Fit, Recipe
-from .records import fingerprint
+from .records import Results, fingerprint
 
 # %% auto #0
-__all__ = ['Clock', 'json_number', 'Statistics', 'Bfloat16', 'train', 'try_batch', 'teacher_file', 'trained_teacher']
+__all__ = ['Clock', 'json_number', 'Statistics', 'Bfloat16', 'new_learner', 'train', 'FirstBatch', 'try_batch', 'recipe_learner',
+           'run_fit', 'checksum', 'teacher_file', 'trained_teacher']
 
 # %% ../../nbs/06c_training.ipynb #trn00007
 class Clock(Callback):
-    "Measures the time of each epoch's training, in seconds, and moves a progress bar."
+    "Keeps the rows of the epoch table and the time of each epoch's training, in seconds."
     order,run_valid = 100,False
     def __init__(self,
-        tick:callable=noop # Called after each epoch
+        tick:callable=noop # `tick(row)` is called after each epoch with its row, a dictionary
     ):
-        self.tick,self.seconds,self.cpu_seconds = tick,[],[]
+        self.tick,self.rows,self.seconds,self.cpu_seconds = tick,[],[],[]
 
     def _now(self):
-        if self.dls.device.type == 'cuda': torch.cuda.synchronize()
+        if torch.cuda.is_initialized(): torch.cuda.synchronize()
         return time.perf_counter(),time.process_time()
 
     def before_train(self): self.start = self._now()
@@ -39,14 +40,18 @@ class Clock(Callback):
         wall,cpu = (b-a for a,b in zip(self.start, self._now()))
         self.seconds.append(round(wall, 4))
         self.cpu_seconds.append(round(cpu, 4))
-    def after_epoch(self): self.tick()
+    def after_epoch(self):
+        columns = zip(self.recorder.metric_names[1:], self.recorder.log[1:])
+        self.rows.append({name: json_number(v) for name,v in columns if name != 'time'})
+        self.tick(self.rows[-1])
 
 # %% ../../nbs/06c_training.ipynb #trn00009
 def json_number(
     x # A number
 ):
-    "`x` with seven significant digits; `None` for NaN and infinity."
-    return None if x is None or not math.isfinite(x) else float(f'{float(x):.7g}')
+    "`x` with seven significant digits; `None` for NaN, infinity, and what is no number."
+    try: return float(f'{float(x):.7g}') if math.isfinite(x) else None
+    except (TypeError,ValueError,RuntimeError): return None
 
 # %% ../../nbs/06c_training.ipynb #trn00012
 class Statistics(Callback):
@@ -72,67 +77,82 @@ class Bfloat16(MixedPrecision):
         self.autocast = torch.autocast(self.dls.device.type, torch.bfloat16)
 
 # %% ../../nbs/06c_training.ipynb #trn00016
-def _learner(model, dls, fit, bf16):
-    "A `Learner` that trains as `fit` says, and prints nothing"
-    opt_func = partial(Adam, wd=fit.wd, mom=fit.betas[0], sqr_mom=fit.betas[1], eps=fit.eps)
-    learn = Learner(dls, model(), CrossEntropyLossFlat(), opt_func=opt_func, lr=fit.lr, metrics=accuracy)
-    learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, ProgressCallback)])
-    learn.logger = noop  # fastai's, as in `no_logging`
-    if bf16: learn.add_cbs([ChannelsLast(), Bfloat16()])
+def new_learner(
+    make:callable, # Makes a `Learner`
+    seed:int # Of the weights, the order of the batches, dropout and augmentation
+) -> Learner:
+    "A new `Learner`; equal seeds give equal weights and equal batches, whatever ran before."
+    set_seed(seed)
+    learn = make()
+    for dl in getattr(learn.dls, 'loaders', []):
+        if hasattr(dl, 'rng'): dl.rng = random.Random(seed)  # fastai's
+        for o in (dl, getattr(dl, 'sampler', None)):  # PyTorch's
+            if isinstance(generator := getattr(o, 'generator', None), torch.Generator): generator.manual_seed(seed)
     return learn
-
-# %% ../../nbs/06c_training.ipynb #trn00018
-def _epoch_means(values, ends):
-    "The mean of `values` between each two of `ends`, without those that are NaN"
-    parts = [[v for v in values[a:b] if not math.isnan(v)] for a,b in zip([0, *ends], ends)]
-    return [json_number(sum(p)/len(p)) if p else None for p in parts]
-
-def _log(learn, callback):
-    "What happened in each epoch: `{name: numbers}`"
-    columns = zip(learn.recorder.metric_names[1:], zip(*learn.recorder.values))
-    log = {name: [json_number(v) for v in vs] for name,vs in columns if name in ('train_loss','valid_loss','accuracy')}
-    if callback is None: return log
-    return log | {name: _epoch_means(vs, callback.curves['steps']) for name,vs in callback.curves['train'].items()}
 
 # %% ../../nbs/06c_training.ipynb #trn00020
 def train(
-    model:callable, # Makes the model
-    dls, # `DataLoaders` of the three parts of the data
-    fit:Fit, # How to train
-    seed:int, # Of the weights, the order of the batches, dropout and augmentation
-    callback=None, # The distillation
-    statistics:bool=False, # Keep statistics of parameters and gradients?
-    tick:callable=noop, # Called after each epoch
-    bf16:bool=False, # Train in bfloat16 mixed precision, channels-last?
-    cbs:tuple=() # Further callbacks
-) -> tuple:
-    "Train one model; returns the `Learner`, and what happened as plain data."
-    set_seed(seed)
-    for dl in dls.loaders: dl.seed(seed)
-    learn,clock,watch = _learner(model, dls, fit, bf16),Clock(tick),Statistics() if statistics else None
-    run = partial(learn.fit_one_cycle if fit.one_cycle else learn.fit, fit.epochs, fit.lr)
-    with autocast_left(learn.cbs): run(cbs=[cb for cb in (clock,watch,callback,*cbs) if cb])
-    log,acc = _log(learn, callback),learn.validate(ds_idx=2)[1]  # in this order: validating replaces the recorder's last values
-    return learn, dict(accuracy=float(acc), parameters=sum(p.numel() for p in learn.model.parameters()), log=log,
+    learn:Learner, # New
+    fit:callable, # `fit(learn, cbs)` trains it
+    dl=None, # What it is measured on at the end; by default its validation set
+    cbs:tuple=(), # Further callbacks
+    tick:callable=noop, # `tick(row)` is called after each epoch with its row of the epoch table
+    statistics:bool=False # Keep statistics of parameters and gradients?
+) -> dict:
+    "Train a learner without output; returns what happened as plain data."
+    clock,watch = Clock(tick),Statistics() if statistics else None
+    with learn.no_bar(), learn.no_logging(), autocast_left(learn.cbs):
+        fit(learn, [cb for cb in (clock,watch,*cbs) if cb])
+        values = learn.validate(dl=dl)
+    names = dict.fromkeys(k for row in clock.rows for k in row)
+    return dict(values=dict(zip(['valid_loss', *learn.metrics.attrgot('name')], [json_number(v) for v in values])),
+        parameters=sum(p.numel() for p in learn.model.parameters()), log={k: [row.get(k) for row in clock.rows] for k in names},
         seconds=clock.seconds, cpu_seconds=clock.cpu_seconds, **(dict(statistics=watch.kept) if watch else {}))
 
 # %% ../../nbs/06c_training.ipynb #trn00031
+class FirstBatch(Callback):
+    "Ends a fit after its first batch of training and its first of validation."
+    order = 100
+    def after_batch(self): raise CancelTrainException if self.training else CancelValidException
+    def after_epoch(self): raise CancelFitException
+
 def try_batch(
-    model:callable, # Makes the model
-    dls, # `DataLoaders` of a single batch
-    fit:Fit, # How to train
-    callback=None, # The distillation
-    bf16:bool=False, # Train in bfloat16 mixed precision?
+    learn:Learner, # New
+    fit:callable, # `fit(learn, cbs)` trains it
     cbs:tuple=() # Further callbacks
 ):
     "Train and validate one batch. Raises whatever a real training would raise."
-    learn = _learner(model, dls, fit, bf16)
-    with autocast_left(learn.cbs): learn.fit(1, fit.lr, cbs=[cb for cb in (callback,*cbs) if cb])
+    with learn.no_bar(), learn.no_logging(), autocast_left(learn.cbs): fit(learn, [FirstBatch(), *(cb for cb in cbs if cb)])
+
+# %% ../../nbs/06c_training.ipynb #trn00033
+def recipe_learner(
+    model:callable, # Makes the model
+    dls, # `DataLoaders`
+    fit:Fit, # How it is to be trained
+    bf16:bool=False # Train in bfloat16 mixed precision, channels-last?
+) -> Learner:
+    "A `Learner` of a recipe."
+    opt_func = partial(Adam, wd=fit.wd, mom=fit.betas[0], sqr_mom=fit.betas[1], eps=fit.eps)
+    learn = Learner(dls, model(), CrossEntropyLossFlat(), opt_func=opt_func, lr=fit.lr, metrics=accuracy)
+    if bf16: learn.add_cbs([ChannelsLast(), Bfloat16()])
+    return learn
+
+def run_fit(
+    fit:Fit, # Of a recipe
+    learn:Learner, # What is trained
+    cbs:tuple # Callbacks
+):
+    "Train a learner as `fit` says."
+    (learn.fit_one_cycle if fit.one_cycle else learn.fit)(fit.epochs, fit.lr, cbs=cbs)
 
 # %% ../../nbs/06c_training.ipynb #trn00025
-def _checksum(state):
+def checksum(
+    state:dict # Tensors by name
+) -> str:
+    "Twelve hexadecimal digits for the values of a model."
     sha = hashlib.sha256()
-    for k,v in state.items(): sha.update(k.encode() + v.detach().cpu().contiguous().numpy().tobytes())
+    for k,v in state.items():
+        if isinstance(v, torch.Tensor): sha.update(k.encode() + v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()[:12]
 
 def teacher_file(
@@ -146,7 +166,7 @@ def teacher_file(
 def _save_teacher(path, model, settings, run):
     "Write a teacher and what is known of it, whole or not at all"
     state = {k: v.cpu() for k,v in model.state_dict().items()}
-    run.update(checksum=_checksum(state))
+    run.update(checksum=checksum(state))
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f'.{os.getpid()}.part')
     torch.save(dict(state=state, settings=json.dumps(settings, sort_keys=True), checksum=run['checksum'], run=json.dumps(run)), part)
@@ -156,24 +176,28 @@ def _load_teacher(path, model, settings):
     "The teacher in a file, and what is known of it"
     try:
         kept = torch.load(path, map_location='cpu', weights_only=True)
-        if kept['settings'] != json.dumps(settings, sort_keys=True) or kept['checksum'] != _checksum(kept['state']): raise ValueError
+        if kept['settings'] != json.dumps(settings, sort_keys=True) or kept['checksum'] != checksum(kept['state']): raise ValueError
         model.load_state_dict(kept['state'])
     except Exception: raise ValueError(f"The teacher in {path} is damaged or has other settings: delete that file to train it again.") from None
-    return model, json.loads(kept['run'])
+    known = json.loads(kept['run'])
+    return model, dict({'value': known.get('accuracy')}, **known)  # version 0.1 called it so
 
 # %% ../../nbs/06c_training.ipynb #trn00027
 def trained_teacher(
     recipe:Recipe, # Whose teacher
     dls, # Of the recipe, with the batch size of the teacher's training
     settings:dict, # What the weights depend on
-    out, # Folder where it is kept
+    results:Results, # Beside which it is kept
     seed:int=0, # Seed of its training
     tick:callable=noop, # Called after each epoch
     bf16:bool=False # Train in bfloat16 mixed precision?
 ) -> tuple:
-    "The recipe's teacher, from `out` if it was trained before, and what is known of it. Raises `ValueError` if its file is damaged."
-    path = teacher_file(out, settings)
-    if path.exists(): return _load_teacher(path, recipe.teacher(), settings)
-    learn,run = train(recipe.teacher, dls, recipe.teacher_fit, seed, tick=tick, bf16=bf16)
-    _save_teacher(path, learn.model, settings, run := dict(run, seed=seed))
-    return learn.model.cpu(), run
+    "The recipe's teacher, from its file if it was trained before, and what is known of it. Raises `ValueError` if its file is damaged."
+    path = teacher_file(results.path.parent, settings)
+    with results.lock(path.stem):  # of several processes one trains it
+        if path.exists(): return _load_teacher(path, recipe.teacher(), settings)
+        learn = new_learner(partial(recipe_learner, recipe.teacher, dls, recipe.teacher_fit, bf16), seed)
+        run = train(learn, partial(run_fit, recipe.teacher_fit), dls[2], tick=tick)
+        known = dict(run, value=run['values']['accuracy'], seed=seed)
+        _save_teacher(path, learn.model, settings, known)
+    return learn.model.cpu(), known

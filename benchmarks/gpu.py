@@ -14,7 +14,7 @@ warnings.filterwarnings('ignore', message='.*torch.jit.script.*')
 root = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(root))
 import torch
-from fastkd.experiments import compare, table
+from fastkd.experiments import run_recipe, table
 from fastkd.experiments.recipes import Fit, augmented, pets_scratch
 from fastkd.experiments.reports import caption, markdown
 
@@ -89,7 +89,7 @@ def tutorial(report, small, data, epochs):
     start = time.monotonic()
     teacher_fit = Fit(1 if small else 45, 1e-3)
     recipe = replace(pets_scratch, teacher_fit=teacher_fit, student_fit=Fit(1 if small else epochs, 1e-3), student_augment=augmented)
-    runs = compare(recipe, methods, seeds=2 if small else 3, data=data, out=report.folder/'pets', show=False)
+    runs = run_recipe(recipe, methods, seeds=2 if small else 3, data=data, out=report.folder/'pets', show=False).frame
     t = table(runs)
     report.add(f'Tutorial, {epochs} epochs', f'{caption(runs)}\n\n{markdown(t)}', time.monotonic()-start, runs=json.loads(t.rename_axis('method').reset_index().to_json(orient='records')))
     return time.monotonic()-start

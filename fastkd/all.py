@@ -14,6 +14,8 @@ from fastkd.online_teachers import EMATeacher, PeerTeacher
 from fastkd.callback import KnowledgeDistillationCallback
 from fastkd import metrics as _metrics  # `kd.teacher_metrics()`
 from fastkd.plots import plot_losses, plot_similarity, plot_temperature, show_attention
+from fastkd.experiments.compare import compare
+from fastkd.experiments.reports import Runs
 
 from inspect import cleandoc as _cleandoc
 from fastcore.docments import docments as _docments

@@ -25,7 +25,8 @@ from .reports import Runs, Scale
 from .training import checksum, new_learner, recipe_learner, run_fit, teacher_file, train, trained_teacher, try_batch
 
 # %% auto #0
-__all__ = ['Experiment', 'RecipeExperiment', 'one_line', 'check_make_student', 'Progress', 'one_run', 'compare', 'run_recipe']
+__all__ = ['Experiment', 'RecipeExperiment', 'one_line', 'check_make_student', 'Progress', 'one_run', 'checked_seeds', 'compare',
+           'run_recipe']
 
 # %% ../../nbs/06d_compare.ipynb #cmp00007
 @dataclass(eq=False)
@@ -355,7 +356,7 @@ class Progress:
         show:bool=True # Say anything?
     ):
         self.runs,self.epochs,self.scale,self.show = runs,epochs,scale,show
-        self.n,self.done,self.lines,self.handle,self.start = 0,0,[],None,time.perf_counter()
+        self.done,self.lines,self.handle,self.start = 0,[],None,time.perf_counter()
         self.terminal,self.open = sys.stdout.isatty(),False
 
     def __enter__(self): return self
@@ -397,11 +398,11 @@ class Progress:
 
     def display(self, line=''):
         "Show all lines in a notebook, in one place"
-        from IPython.display import DisplayHandle, TextDisplayObject
+        from IPython.display import DisplayHandle
         text = {'text/plain': '\n'.join([*self.lines, *[line]*bool(line)])}
-        if self.handle is None: self.handle = DisplayHandle()
-        (self.handle.update if self.lines or self.n else self.handle.display)(text, raw=True)
-        self.n += 1
+        if self.handle: return self.handle.update(text, raw=True)
+        self.handle = DisplayHandle()
+        self.handle.display(text, raw=True)
 
 # %% ../../nbs/06d_compare.ipynb #cmp00025
 @patch
@@ -470,8 +471,10 @@ def _device(name):
         raise ValueError(f"Device {name!r} is not available; omit `--device` to choose one automatically.") from None
     return device
 
-def _seeds(seeds):
-    "The seeds as a list"
+def checked_seeds(
+    seeds # A number of seeds, or a list of them
+) -> list:
+    "The seeds as a list. Raises `ValueError` for what is none."
     if isinstance(seeds, numbers.Number):
         if checked_count(seeds, 'seeds') > 10_000: raise ValueError(f"The number of seeds must be at most 10,000, got {seeds}.")
         return list(range(seeds))
@@ -530,7 +533,7 @@ def compare(
 
     Runs of equal seeds start from the same weights and see the same batches. Raises `ValueError` before anything is trained if a method, a seed, the metric or the folder
     cannot be used."""
-    methods,seeds,epochs = as_methods(list(methods) if isinstance(methods, tuple) else methods),_seeds(seeds),checked_count(epochs, 'epochs')
+    methods,seeds,epochs = as_methods(list(methods) if isinstance(methods, tuple) else methods),checked_seeds(seeds),checked_count(epochs, 'epochs')
     check_make_student(make_student)
     e = Experiment(make_student, teacher, Results(Path(out)/'results.jsonl'), epochs, lr, fit, test, metric, better, layers, name)
     e.scale  # raises for a metric that there is not
@@ -553,7 +556,7 @@ def run_recipe(
 
     Raises `ValueError` before anything is trained if a method, a seed, the device or the folder cannot be used."""
     recipe = _with_epochs(find_recipe(recipe), epochs, teacher_epochs)
-    methods,seeds,device = as_methods(recipe.methods if methods is None else methods),_seeds(seeds),_device(device)
+    methods,seeds,device = as_methods(recipe.methods if methods is None else methods),checked_seeds(seeds),_device(device)
     results = Results(Path(out or Path('runs')/recipe.name)/'results.jsonl')
     return RecipeExperiment(recipe, recipe.data(data), device, results, bf16, statistics).carry_out(methods, seeds, show)
 

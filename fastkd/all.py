@@ -13,6 +13,7 @@ from fastkd.teacher import Teacher
 from fastkd.online_teachers import EMATeacher, PeerTeacher
 from fastkd.callback import KnowledgeDistillationCallback
 from fastkd import metrics as _metrics  # `kd.teacher_metrics()`
+from fastkd.size_and_speed import size_and_speed
 from fastkd.plots import plot_losses, plot_similarity, plot_temperature, show_attention
 from fastkd.experiments.compare import compare
 from fastkd.experiments.reports import Runs

@@ -12,7 +12,7 @@ from fastkd.similarity import layer_similarity
 from fastkd.teacher import Teacher
 from fastkd.online_teachers import EMATeacher, PeerTeacher
 from fastkd.callback import KnowledgeDistillationCallback
-from fastkd import metrics as _metrics  # `kd.teacher_metrics()`
+from fastkd.metrics import TeacherAgreement, TeacherKL  # and `kd.teacher_metrics()`
 from fastkd.size_and_speed import size_and_speed
 from fastkd.plots import plot_losses, plot_similarity, plot_temperature, show_attention
 from fastkd.experiments.compare import compare

@@ -122,7 +122,7 @@ def load_state_dict(self:KnowledgeDistillationCallback, state:dict):
     self.loaded_state = state or None
 
 # %% ../nbs/03_callback.ipynb #1651b7fb
-def _original(f):
+def original_of(f):
     "What a patched method was before it was patched here, also if this module is loaded again"
     return f.__wrapped__ if getattr(f, 'of_fastkd', False) else f
 
@@ -145,22 +145,25 @@ def _distilling(original):
     fit.of_fastkd = True
     return fit
 
-Learner.fit = _distilling(_original(Learner.fit))
+Learner.fit = _distilling(original_of(Learner.fit))
 
 # %% ../nbs/03_callback.ipynb #668d28d0
+#: Classes of callbacks and metrics that an export leaves out; a module adds its own
+not_exported = [KnowledgeDistillationCallback, Session]
+
 def _without_distillation(original):
     "`Learner.export` that leaves the distillation out"
     @functools.wraps(original)
     def export(self:Learner, *args, **kwargs):
-        ours = [cb for cb in self.cbs if isinstance(cb, (KnowledgeDistillationCallback,Session))]
+        ours = [cb for cb in self.cbs if isinstance(cb, tuple(not_exported))]
         metrics,columns = self.metrics,[c for cb in ours if isinstance(cb, Session) for c in cb.columns]
         for cb in ours:
             if isinstance(cb, Session): cb.loss_params.leave()
         try:
-            self.metrics = L(m for m in metrics if m not in columns)
+            self.metrics = L(m for m in metrics if m not in columns and not isinstance(m, tuple(not_exported)))
             with self.removed_cbs(ours): return original(self, *args, **kwargs)
         finally: self.metrics = metrics
     export.of_fastkd = True
     return export
 
-Learner.export = _without_distillation(_original(Learner.export))
+Learner.export = _without_distillation(original_of(Learner.export))

@@ -17,6 +17,7 @@ from fastkd.size_and_speed import size_and_speed
 from fastkd.plots import plot_losses, plot_similarity, plot_temperature, show_attention
 from fastkd.experiments.compare import compare
 from fastkd.experiments.reports import Runs
+from fastkd.experiments.tune import tune
 
 from inspect import cleandoc as _cleandoc
 from fastcore.docments import docments as _docments

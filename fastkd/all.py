@@ -9,6 +9,8 @@ from fastkd.feature_losses import (ActivationBoundaries, Attention, ChannelWiseF
 from fastkd.layers import get_model_layers
 from fastkd.matching import layer_table, match_layers
 from fastkd.similarity import layer_similarity
+from fastkd.views import Views
+from fastkd.cache import Cache
 from fastkd.teacher import Teacher
 from fastkd.online_teachers import EMATeacher, PeerTeacher
 from fastkd.callback import KnowledgeDistillationCallback

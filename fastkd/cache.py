@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from fastcore.basics import patch
 from fastcore.foundation import L
+from .views import Views
 
 # %% auto #0
-__all__ = ['row_keys', 'pack_topk', 'unpack_topk', 'LogitsCache']
+__all__ = ['row_keys', 'pack_topk', 'unpack_topk', 'Cache']
 
 # %% ../nbs/02b_cache.ipynb #d455c37b
 def _structure(x, alone=False):
@@ -115,17 +116,29 @@ def unpack_topk(
     return z.scatter(-1, packed[...,k:2*k].long(), packed[...,:k])
 
 # %% ../nbs/02b_cache.ipynb #f677eae4
-class LogitsCache:
+class Cache:
     """Logits by row keys, in memory or in a folder.
 
     A folder is memory-mapped, outlives the process, may be used by several processes, and holds the logits of one `owner`.
     Raises `ValueError` for those of another one."""
     def __init__(self,
         folder=None, # Where to keep them; `None` for memory
-        topk:int=None # Keep the `topk` largest and the mass of the rest
+        topk:int=None, # Keep the `topk` largest and the mass of the rest
+        views:int=None, # Let random inputs (augmentation, MixUp) repeat after so many epochs; see `Views`
+        seed:int=0 # Of the views: which random inputs
     ):
         self.folder,self.topk,self.owner = None if folder is None else Path(folder),topk,None
+        self.views,self.seed,self.asked_rows,self.new_rows = views,seed,0,0
+        self.new_views()  # raises now for a number that is none
         self.clear()
+
+    def new_views(self) -> Views:
+        "New views for a fit, `None` if inputs are not random"
+        return None if self.views is None else Views(self.views, self.seed)
+
+    def count_new(self):
+        "From here on count how many inputs are new"
+        self.asked_rows,self.new_rows = 0,0
 
     def clear(self):
         "Forget the rows in memory"
@@ -137,12 +150,12 @@ class LogitsCache:
 
 # %% ../nbs/02b_cache.ipynb #4e1c7787
 @patch
-def open(self:LogitsCache,
+def open(self:Cache,
     owner:str, # A digest of the teacher that the logits belong to
     n_items:int=None # Number of items in the data, to find out whether their inputs change
 ):
     "Prepare for the logits of `owner`. Raises `ValueError` if the folder holds another one's, or is damaged."
-    self.n_items,self.seen,self.paddings,self.padded = n_items,set(),{},False
+    self.n_items,self.seen,self.paddings,self.padded = None if self.views else n_items,set(),{},False  # views repeat, and are watched for it
     if owner != self.owner:
         if self.folder is not None or self.owner is not None: self.clear()  # in memory: the teacher was trained on
         self.owner = owner
@@ -153,7 +166,7 @@ def open(self:LogitsCache,
     self.unconfirmed = set(self.probes)
 
 @patch
-def run(self:LogitsCache,
+def run(self:Cache,
     compute, # The logits `(n, ..., C)` of inputs, a row each
     *xb, # Inputs of a batch
     precision:str='' # How `compute` works beside its inputs, such as the dtype of autocast
@@ -164,6 +177,7 @@ def run(self:LogitsCache,
     self.watch(inputs.tolist(), *xb)
     self.confirm(compute, *xb, precision=precision)
     new = self.missing(keys)
+    self.asked_rows,self.new_rows = self.asked_rows + len(keys),self.new_rows + len(new)
     if new:
         if len(new) < len(keys): xb = take_rows(xb, new)
         self.put([keys[i] for i in new], compute(*xb), xb, precision)
@@ -171,14 +185,14 @@ def run(self:LogitsCache,
 
 # %% ../nbs/02b_cache.ipynb #f3c1ad85
 @patch
-def missing(self:LogitsCache,
+def missing(self:Cache,
     keys:list # Row keys
 ) -> list:
     "The positions of the keys that have no logits yet."
     return [i for i,k in enumerate(keys) if k not in self.index]
 
 @patch
-def put(self:LogitsCache,
+def put(self:Cache,
     keys:list, # Row keys
     z:Tensor, # Their logits, a row each, with the classes last
     xb:tuple=None, # The inputs, to confirm later that the teacher is the same
@@ -201,7 +215,7 @@ def put(self:LogitsCache,
 
 # %% ../nbs/02b_cache.ipynb #d6f2b3dd
 @patch
-def get(self:LogitsCache,
+def get(self:Cache,
     keys:list # Row keys, none of them missing
 ) -> Tensor:
     "Their logits, a row each, float32."
@@ -217,16 +231,16 @@ def get(self:LogitsCache,
 
 # %% ../nbs/02b_cache.ipynb #504057f2
 @patch(as_prop=True)
-def _row(self:LogitsCache): return np.dtype([('key','<i8'), ('check','<i8'), ('z','<f4',self.shape)])
+def _row(self:Cache): return np.dtype([('key','<i8'), ('check','<i8'), ('z','<f4',self.shape)])
 
 @patch
-def _check(self:LogitsCache, key, z):
+def _check(self:Cache, key, z):
     "Checksums of rows that belong to the owner"
     salt = np.frombuffer(hashlib.sha256(self.owner.encode()).digest()[:8], '<i8')
     return row_keys(torch.from_numpy(np.array(key)), torch.from_numpy(np.array(z)).flatten(1)).numpy() ^ salt
 
 @patch
-def _read(self:LogitsCache, path):
+def _read(self:Cache, path):
     "Map a file and index its valid rows"
     n = path.stat().st_size // self._row.itemsize
     if not n: return
@@ -237,7 +251,7 @@ def _read(self:LogitsCache, path):
 
 # %% ../nbs/02b_cache.ipynb #718bbc0a
 @patch
-def _append(self:LogitsCache, rows):
+def _append(self:Cache, rows):
     "Write rows behind those of this process"
     if self.folder is None:
         if self.new is None or self.n + len(rows) > len(self.new):
@@ -254,19 +268,19 @@ def _append(self:LogitsCache, rows):
 
 # %% ../nbs/02b_cache.ipynb #6f3e636e
 @patch
-def _write(self:LogitsCache, name, write):
+def _write(self:Cache, name, write):
     "Write a file of the folder, completely or not at all"
     part = self.folder/f'{name}-{uuid.uuid4().hex}.tmp'
     write(part)
     os.replace(part, self.folder/name)
 
 @patch
-def _damaged(self:LogitsCache, name):
+def _damaged(self:Cache, name):
     return ValueError(f"The file {self.folder/name} is missing or damaged, so it is unknown whose logits the folder holds: delete the folder; "
                       "the next run computes the logits again.")
 
 @patch
-def _meta(self:LogitsCache):
+def _meta(self:Cache):
     "What the folder says about itself, `None` if it is new. Raises `ValueError` unless it belongs to the owner"
     path = self.folder/'meta.json'
     if not path.exists():
@@ -283,7 +297,7 @@ def _meta(self:LogitsCache):
 
 # %% ../nbs/02b_cache.ipynb #9b2eb9b4
 @patch
-def _open_folder(self:LogitsCache):
+def _open_folder(self:Cache):
     "Read what the folder holds"
     meta = self._meta() if self.folder is not None else None
     if meta is None: return
@@ -292,7 +306,7 @@ def _open_folder(self:LogitsCache):
     for path in sorted(self.folder.glob('rows-*.bin')): self._read(path)
 
 @patch
-def _begin(self:LogitsCache, shape, classes, probe):
+def _begin(self:Cache, shape, classes, probe):
     "Take the shape of the first logits, or of those that another process has put into the folder since `open`"
     if self.folder is not None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -315,7 +329,7 @@ def padding_value(
 
 # %% ../nbs/02b_cache.ipynb #af04e581
 @patch
-def watch(self:LogitsCache,
+def watch(self:Cache,
     inputs:list, # Keys of the inputs of a batch
     *xb # The inputs
 ):
@@ -331,7 +345,7 @@ def watch(self:LogitsCache,
                      f"and its logits cannot be kept. {cause}")
 
 @patch
-def _watch_padding(self:LogitsCache, i, x):
+def _watch_padding(self:Cache, i, x):
     "Warn if one value pads the integers `x`, tensor `i` of the inputs, to different lengths"
     if x.is_floating_point() or x.ndim != 2 or not x.numel() or (i,x.shape[1]) in self.paddings: return
     value = padding_value(x)
@@ -345,7 +359,7 @@ def _watch_padding(self:LogitsCache, i, x):
 
 # %% ../nbs/02b_cache.ipynb #0c304806
 @patch
-def _keep_probe(self:LogitsCache, xb, z, precision):
+def _keep_probe(self:Cache, xb, z, precision):
     "Keep the first four inputs and their logits"
     kept = [o[:4].detach().as_subclass(Tensor).cpu().clone() for o in (*tensors_of(xb), z)]
     self.probes[precision] = kept[:-1],kept[-1]
@@ -354,7 +368,7 @@ def _keep_probe(self:LogitsCache, xb, z, precision):
     self._write('probe.pt', lambda p: torch.save(self.probes, p))
 
 @patch
-def _read_probes(self:LogitsCache):
+def _read_probes(self:Cache):
     try: return {str(k): (list(xs),z.cpu()) for k,(xs,z) in torch.load(self.folder/'probe.pt', weights_only=True).items()}
     except Exception: raise self._damaged('probe.pt') from None  # whatever a damaged file makes of `torch.load`
 
@@ -370,7 +384,7 @@ def _same_logits(z, kept, half):
 
 # %% ../nbs/02b_cache.ipynb #37978900
 @patch
-def confirm(self:LogitsCache,
+def confirm(self:Cache,
     compute, # The logits of inputs
     *xb, # Inputs of a batch, whose structure the probe takes
     precision:str='' # As in `run`

@@ -49,7 +49,7 @@ class KnowledgeDistillationCallback(OwnEvents):
         if self.session is None:
             if self.learn.lock.locked(): return  # `validate` and `get_preds`
             objective = self.objective or Objective(suited_loss(self.learn.loss_func), **self.weighting)
-            self.session = Session(self.teacher, objective, self.named_pairs, self.task_settings, self.loss_state)
+            self.session = Session(self.teacher, objective, self.named_pairs, self.task_settings, self.loss_state, self.last and self.last.views)
             self.session.open(self.learn)
         elif self.learn.lock.locked(): self.session.enter_validation()
         self.session.depth += 1
@@ -103,10 +103,15 @@ def __repr__(self:KnowledgeDistillationCallback):
 
 # %% ../nbs/03_callback.ipynb #bfe430ef
 @patch(as_prop=True)
+def last(self:KnowledgeDistillationCallback) -> Result:
+    "What the last fit of the same student left, `None` if there was none"
+    return self.result if self.result is not None and self.result.student() is unwrap(self.learn.model) else None
+
+@patch(as_prop=True)
 def loss_state(self:KnowledgeDistillationCallback) -> dict:
     "What the parameters of losses start from: what was loaded, else where the last fit of the same student left them"
     if self.loaded_state is not None: return self.loaded_state
-    return self.result.loss_state if self.result is not None and self.result.student() is unwrap(self.learn.model) else None
+    return self.last.loss_state if self.last else None
 
 @patch
 def state_dict(self:KnowledgeDistillationCallback) -> dict:

@@ -191,7 +191,7 @@ def warn_of_weights(self:Objective):
         paper = t.loss.paper and t.loss.paper[1]
         if paper and 0 < t.weight < paper/10:
             warnings.warn(f"The weight of {t.loss.name} is {t.weight:g}, less than a tenth of its paper's {paper:g}: the "
-                          "student will hardly notice it. Take `weight='paper'`, or leave `weight` out.")
+                          "student may hardly notice it. Take `weight='paper'`, or leave `weight` out.")
 
 @patch
 def __repr__(self:Objective):

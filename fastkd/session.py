@@ -23,10 +23,11 @@ from .objective import Objective
 from .online_teachers import average_gradients
 from .task import Task, facts_of, find_task, labels_of
 from .teacher import Teacher, described, has_several, logits_of
+from .views import OwnEvents, Views
 
 # %% auto #0
-__all__ = ['Curves', 'LossParameters', 'as_pairs', 'layer_pairs', 'OwnEvents', 'Session', 'number_of_items', 'load_loss',
-           'Result', 'autocast_left']
+__all__ = ['Curves', 'LossParameters', 'as_pairs', 'layer_pairs', 'Session', 'number_of_items', 'load_loss', 'Result',
+           'autocast_left']
 
 # %% ../nbs/03b_session.ipynb #c195f24d
 class Curves:
@@ -169,11 +170,6 @@ def layer_pairs(
     return pairs
 
 # %% ../nbs/03b_session.ipynb #96f151a4
-class OwnEvents(Callback):
-    "A callback that leaves out events that it does not define; fastai's looks for each in the learner and its model, in every batch."
-    def __call__(self, event_name):
-        if hasattr(type(self), event_name): return super().__call__(event_name)
-
 class Session(OwnEvents):
     """All that lives as long as one fit.
 
@@ -186,10 +182,12 @@ class Session(OwnEvents):
         objective:Objective, # The objective; losses with parameters are copied for this fit
         named_pairs:list=None, # The pairs of layers that the user named
         task_settings:dict=None, # The class axis and the label to ignore, if the user gave them
-        loss_state:dict=None # What the parameters of losses go on from: `loss_state_dict()` of an earlier session
+        loss_state:dict=None, # What the parameters of losses go on from: `loss_state_dict()` of an earlier session
+        views:Views=None # The views of an earlier fit of the same student, to go on with
     ):
         self.teacher,self.objective,self.named_pairs,self.loss_state = teacher,objective.for_fit(),named_pairs,loss_state
         self.task_settings = task_settings or {}
+        self.views = views or (teacher.cache.new_views() if teacher.cache is not None else None)
         self.curves = Curves(['label_loss', *objective.columns])
         self.columns = [ValueMetric(partial(self.curves.epoch_mean, c), c) for c in objective.columns]
         self.loss_params,self.unbuilt = LossParameters(),[t for t in self.objective.terms if t.loss.has_parameters]
@@ -198,6 +196,7 @@ class Session(OwnEvents):
         self.pairs,self.student_hooks,self.task,self.is_lr_find = None,None,None,False
         self.channel_axes = {}  # the axis that the user gave each term; the losses always get channels first
         self.teacher_score,self.notes = TeacherScore() if teacher.fixed and len(teacher.models) == 1 else None,[]
+        self.warned = False  # of inputs that should repeat?
         self.weights,self.output,self.labeled = None,None,True  # of the present batch: weights, the teacher's output, has it labels?
 
     def open(self, learn):
@@ -205,6 +204,9 @@ class Session(OwnEvents):
         self.learner = learn
         self.facts = facts_of(learn.loss_func)  # before MixUp replaces the loss function
         learn.add_cb(self)
+        if self.views is not None:
+            learn.add_cb(self.views)
+            self.views.before_fit()
         learn.metrics = learn.metrics + self.columns
         if not self.objective.weight: self.announce()  # no batch will: nothing is distilled
 
@@ -228,7 +230,8 @@ class Session(OwnEvents):
         finally:
             if self.learner is not None:
                 self.hide_columns()
-                self.learner.remove_cb(self)
+                self.learner.remove_cbs([self, *([self.views, self.views.drawn] if self.views is not None else [])])
+                if self.views is not None: self.views.restore()
 
 # %% ../nbs/03b_session.ipynb #e50e366a
 @patch
@@ -274,7 +277,7 @@ def describe(self:Session) -> str:
     notes = [f"layers {', '.join(f'{s} ~ {t}' for s,t in self.all_pairs)}"] if self.all_pairs else []
     task = self.task
     if task is not None and task.kind == 'classes' and not task.per_item:
-        notes.append(f'classes on axis {task.axis}' + (f', label {task.ignore_index} ignored' if task.ignore_index is not None else ''))
+        notes.append(f'classes on axis {task.axis}' + (f', label {task.ignore_index} ignored' if task.ignore_index is not None and any('ignore_index' in t.needs for t in self.objective.active) else ''))
     notes += self.notes
     return f"{text}\n  {'; '.join(notes)}" if notes else text
 
@@ -319,6 +322,7 @@ def before_train(self:Session):
     self.is_lr_find = hasattr(self.learn, 'lr_finder')
     self.teacher.reset()
     self.loss_params.join(self.opt)
+    if self.views is not None: self.teacher.cache.count_new()
 
 @patch
 def before_batch(self:Session):
@@ -462,6 +466,7 @@ def after_step(self:Session):
 def after_train(self:Session):
     self.forget_batch()
     self.loss_params.leave()
+    if self.views is not None and self.views.repeats: self.warn_of_new_inputs()
 
 @patch
 def after_cancel_epoch(self:Session): self.after_train()
@@ -490,12 +495,22 @@ def forget_batch(self:Session):
         hooks.__exit__()
         hooks.clear()
 
+@patch
+def warn_of_new_inputs(self:Session):
+    "Warn once if an epoch that should repeat an earlier one showed the teacher new inputs"
+    cache = self.teacher.cache
+    if not cache.new_rows or self.warned: return
+    self.warned = True
+    warnings.warn(f"This epoch should show what the teacher saw {self.views.n} epochs ago, but {cache.new_rows/cache.asked_rows:.0%} of its inputs were new: something draws from "
+                  "a random stream of its own (a transform with its own generator, a loader that seeds itself, data that stream). Seed it, or leave out views and cache.")
+
 # %% ../nbs/03b_session.ipynb #ee782f13
 class Result:
-    "What a closed session leaves: its curves, its pairs of layers, the parameters of losses, and whose fit it was."
+    "What a closed session leaves: its curves, its pairs of layers, the parameters of losses, how far its views went, and whose fit it was."
     def __init__(self, session:Session):
         self.curves = session.curves.as_dict()
         self.pairs,self.loss_state,self.description = session.all_pairs,session.loss_state_dict(),session.describe()
+        self.views = session.views
         self.learn,self.student = weakref.ref(session.learn),weakref.ref(unwrap(session.learn.model))  # a result keeps no model alive
 
     def __getstate__(self): return {**vars(self), 'learn': noop, 'student': noop}

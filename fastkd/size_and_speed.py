@@ -4,7 +4,7 @@
 
 # %% ../nbs/08_size_and_speed.ipynb #sas00006
 from __future__ import annotations
-import copy, io
+import copy, io, logging
 from contextlib import ExitStack, contextmanager
 import pandas as pd
 import torch
@@ -49,7 +49,10 @@ def multiply_adds(f, xb):
 # %% ../nbs/08_size_and_speed.ipynb #sas00017
 def milliseconds(f, xb, seconds):
     "The median time of `f(*xb)` in milliseconds, from runs that take `seconds` altogether"
-    from torch.utils.benchmark import Timer  # looks for CUDA's compiler when it is imported
+    log = logging.getLogger('torch.utils.cpp_extension')
+    said,log.disabled = log.disabled,True  # it looks for CUDA's compiler, and says so
+    from torch.utils.benchmark import Timer
+    log.disabled = said
     f(*xb)  # what is done once, such as compiling, does not count
     timer = Timer('f(*xb)', globals=dict(f=f, xb=xb), num_threads=torch.get_num_threads())
     return 1e3*timer.blocked_autorange(min_run_time=seconds).median

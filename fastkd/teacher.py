@@ -16,7 +16,7 @@ from torch import nn, Tensor
 from fastcore.basics import patch
 from fastai.basics import L, Learner, apply, find_device, noop, tuplify
 from fastai.data.transforms import Normalize
-from .cache import LogitsCache, row_keys
+from .cache import Cache, row_keys
 from .layers import FeatureHooks, first_tensor, resting
 from .losses import mean_logits
 
@@ -153,7 +153,7 @@ class Teacher:
         vocab:list=None, # The teacher's classes in the order of its logits; of a `Learner` they are known
         normalize:tuple=None, # `(mean, std)` of the images that the teacher was trained on, a number for each channel; of a `Learner` they are known
         probs:bool=False, # Are its outputs probabilities and not logits?
-        cache=None, # Keep the logits: `True` in memory, or in the folder of this name; for data where an item always gives the same input
+        cache=None, # Keep the logits: `True` in memory, a folder, or a `Cache`; for data where an item always gives the same input, or with views of them
         topk:int=None # With `cache`: keep the `topk` largest logits and the mass of the rest
     ):
         given = models if isinstance(models, (list,tuple,L)) else [models]
@@ -180,16 +180,17 @@ def _checked_statistics(normalize):
 
 @patch
 def _new_cache(self:Teacher, cache, topk):
-    if not cache:
+    if cache is None or cache is False or cache == '':
         if topk is not None: raise ValueError("`topk` says what a `cache` keeps of the logits: give a `cache` too.")
         return None
     if any(hasattr(m, 'reset') for m in self.models):
         raise ValueError("The teacher has a hidden state (`reset`): its output for an input depends on earlier inputs, so it "
                          "cannot be cached.")
-    if cache is not True and not all(isinstance(m, nn.Module) for m in self.models):
+    if cache is not True and getattr(cache, 'folder', cache) is not None and not all(isinstance(m, nn.Module) for m in self.models):
         raise ValueError("A cache in a folder knows its teacher by its weights, which a function does not show: use "
                          "`cache=True`, or an `nn.Module`.")
-    return LogitsCache(None if cache is True else cache, topk)
+    if isinstance(cache, Cache): return cache
+    return Cache(None if cache is True else cache, topk)
 
 # %% ../nbs/02_teacher.ipynb #78a161d1
 @patch
@@ -216,7 +217,7 @@ def adapt(self:Teacher,
         if student.words is not None and known.words is not None and student.words != known.words:
             raise ValueError("Teacher and student have different word vocabularies, so the same number is another word to each: "
                              "build the student's data with the teacher's, e.g. `TextDataLoaders.from_df(..., "
-                             "text_vocab=teacher.dls.vocab)`.")
+                             "text_vocab=teacher.dls.vocab[0])`.")
         self.positions[i] = class_positions(student.classes, known.classes) if classes else None
         if self.positions[i]: notes.append(f"the teacher's classes ({len(known.classes)}) are mapped to the student's ({len(student.classes)})")
         self.renormalize[i] = normalization_between(student.normalize, known.normalize)

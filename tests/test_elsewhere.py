@@ -60,6 +60,12 @@ def test_a_search_goes_on(tmp_path, monkeypatch):
     tune(T.make_student, T.trained(), out=tmp_path, **searched)  # nothing is left to do
     assert (tmp_path/'results.jsonl').read_bytes() == before
 
+def test_a_trial_that_falls_behind_is_stopped(tmp_path):
+    tune(T.make_student, T.trained(), out=tmp_path, **{**searched, 'trials': 12, 'epochs': 3, 'seeds': 1})
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path/'study.db'}")
+    states = [t.state.name for t in study.trials]
+    assert 'PRUNED' in states and set(states) == {'PRUNED','COMPLETE'} and len(states) == 12
+
 def test_the_same_search_finds_the_same(tmp_path):
     a,b = [tune(T.make_student, T.trained(), out=tmp_path/n, **searched) for n in 'ab']
     assert T.numbers(a) == T.numbers(b)

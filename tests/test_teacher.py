@@ -11,7 +11,7 @@ from fastai.distributed import DistributedDL
 from fastai.callback.training import GradientAccumulation
 from fastkd.all import *
 from fastkd.layers import unwrap
-from fastkd.cache import LogitsCache, row_keys
+from fastkd.cache import Cache, row_keys
 from conftest import batches, hooks, learner, net, same, weights
 
 class Counting(nn.Module):
@@ -121,24 +121,24 @@ def test_random_inputs_are_refused():
         order = -5
         def before_batch(self): self.learn.xb = (self.x + torch.randn_like(self.x)*.1,)
     with pytest.raises(ValueError, match='squish'): fitted(Teacher(Counting(), cache=True), cbs=[Noise()])
-    with pytest.raises(ValueError, match='mixed'): fitted(Teacher(Counting(), cache=True), cbs=[MixUp()])
+    with pytest.raises(ValueError, match='views=8'): fitted(Teacher(Counting(), cache=True), cbs=[MixUp()])
 
 def test_an_interrupted_write_moves_no_row(tmp_path, monkeypatch):
-    cache = LogitsCache(tmp_path/'z')
+    cache = Cache(tmp_path/'z')
     cache.open('a teacher')
     z = lambda *values: torch.tensor(values)[:,None].expand(-1, 4)
     cache.put([1], z(1.))
-    append = LogitsCache._append
+    append = Cache._append
     def interrupted(self, rows):
         append(self, rows)
         raise KeyboardInterrupt
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(LogitsCache, '_append', interrupted)
+        m.setattr(Cache, '_append', interrupted)
         cache.put([2,20], z(2.,20.))
     cache.put([3], z(3.))
     assert cache.missing([1,2,3,20]) == [1,3] and torch.equal(cache.get([3,1]), z(3.,1.))
     cache.put([2], z(2.))
-    other = LogitsCache(tmp_path/'z')
+    other = Cache(tmp_path/'z')
     other.open('a teacher')
     assert torch.equal(other.get([1,2,3]), z(1.,2.,3.))
 
@@ -176,13 +176,13 @@ def test_one_input_in_two_precisions_is_one_item():
 
 def test_rows_of_others_can_be_read_where_the_own_first_write_failed(tmp_path, monkeypatch):
     z = torch.ones(2, 4)
-    other,cache = LogitsCache(tmp_path/'z'),LogitsCache(tmp_path/'z')
+    other,cache = Cache(tmp_path/'z'),Cache(tmp_path/'z')
     other.open('a teacher')
     other.put([1,2], z)
     cache.open('a teacher')
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         def interrupted(*args): raise KeyboardInterrupt
-        m.setattr(LogitsCache, '_check', staticmethod(interrupted))
+        m.setattr(Cache, '_check', staticmethod(interrupted))
         cache.put([3], z[:1])
     assert torch.equal(cache.get([1,2]), z)
 
@@ -214,8 +214,8 @@ def test_a_killed_writer_loses_at_most_its_last_row(tmp_path):
     "A process is killed while it writes; what it wrote before is right, and the next one goes on"
     code = f"""
 import torch, sys
-from fastkd.cache import LogitsCache, row_keys
-cache = LogitsCache({str(tmp_path/'z')!r}); cache.open('a teacher')
+from fastkd.cache import Cache, row_keys
+cache = Cache({str(tmp_path/'z')!r}); cache.open('a teacher')
 g = torch.Generator().manual_seed(0)
 for i in range(10**6):
     x = torch.randn(16, 500, generator=g)
@@ -225,7 +225,7 @@ for i in range(10**6):
     p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], stdout=subprocess.PIPE, text=True)
     assert p.stdout.readline().strip() == 'going'
     time.sleep(.2); p.kill(); p.wait()
-    cache = LogitsCache(tmp_path/'z'); cache.open('a teacher')
+    cache = Cache(tmp_path/'z'); cache.open('a teacher')
     assert len(cache) >= 16*20
     g = torch.Generator().manual_seed(0)
     found = 0
@@ -236,11 +236,11 @@ for i in range(10**6):
         found += len(have)
 
 def test_two_processes_share_a_folder(tmp_path):
-    a,b = LogitsCache(tmp_path/'z'),LogitsCache(tmp_path/'z')
+    a,b = Cache(tmp_path/'z'),Cache(tmp_path/'z')
     a.open('t'); b.open('t')
     x = torch.randn(8,3)
     a.put([1,2,3], x[:3]); b.put([3,4], x[2:4])
-    c = LogitsCache(tmp_path/'z'); c.open('t')
+    c = Cache(tmp_path/'z'); c.open('t')
     assert torch.equal(c.get([4,3,2,1]), x[:4].flip(0))
 
 # --- the keys
@@ -285,7 +285,7 @@ def test_a_model_of_nested_inputs_from_the_cache(tmp_path, kind, place):
     make = lambda a,b: kind(a=a, b=b) if kind in (dict,OrderedDict,UserDict,Pair) else kind([a,b])
     a,b = torch.randn(8,3),torch.randn(8,1)
     for _ in range(2):
-        cache = LogitsCache(None if place == 'memory' else tmp_path/'z')
+        cache = Cache(None if place == 'memory' else tmp_path/'z')
         for rows in ([0,1,2],[2,3,4,0],[7,6,5,4]):
             cache.open('t')
             assert torch.allclose(cache.run(model, make(a[rows], b[rows])), body(a[rows])*b[rows], atol=1e-6)
@@ -314,13 +314,13 @@ def quantized(seed): return torch.ao.quantization.quantize_dynamic(nn.Sequential
 def test_another_teacher_with_the_same_digest_is_found_by_its_output(tmp_path, make):
     x,a,b = torch.randn(6,8),make(1),make(2)
     with torch.no_grad():
-        cache = LogitsCache(tmp_path/'z'); cache.open('t'); cache.run(a, x)
-        other = LogitsCache(tmp_path/'z'); other.open('t')
+        cache = Cache(tmp_path/'z'); cache.open('t'); cache.run(a, x)
+        other = Cache(tmp_path/'z'); other.open('t')
         for _ in range(2):  # not only the first time
             with pytest.raises(ValueError, match="another teacher's"): other.run(b, x)
-        same = LogitsCache(tmp_path/'z'); same.open('t')
+        same = Cache(tmp_path/'z'); same.open('t')
         assert torch.allclose(same.run(a, x), a(x), atol=1e-6)
-        memory = LogitsCache(); memory.open('t'); memory.run(a, x)
+        memory = Cache(); memory.open('t'); memory.run(a, x)
         memory.open('t')
         assert torch.allclose(memory.run(b, x), b(x), atol=1e-6) and len(memory) == 6
 
@@ -329,21 +329,21 @@ def test_the_probe_costs_four_rows_once_for_each_use(tmp_path):
     def model(x): rows.append(len(x)); return 2*x
     x = torch.randn(10,3)
     for place in (None,tmp_path/'z'):
-        cache = LogitsCache(place); cache.open('t')
+        cache = Cache(place); cache.open('t')
         for o in x.split(4): cache.run(model, o)
         assert rows == [4,4,2]
         cache.open('t')
         for o in x.flip(0).split(5): cache.run(model, o)
         assert rows == [4,4,2,4]
         rows.clear()
-    again = LogitsCache(tmp_path/'z'); again.open('t'); again.run(model, x)
+    again = Cache(tmp_path/'z'); again.open('t'); again.run(model, x)
     assert rows == [4]
 
 def test_inputs_of_another_form(tmp_path):
     "A folder is for one form of inputs; memory begins anew"
     x,y = torch.randn(6,3),torch.randn(6,3)
     for place in (None,tmp_path/'z'):
-        cache = LogitsCache(place); cache.open('t'); cache.run(lambda x: x, x)
+        cache = Cache(place); cache.open('t'); cache.run(lambda x: x, x)
         cache.open('t')
         if place is None: assert torch.equal(cache.run(lambda x,y: x+y, x, y), x+y) and len(cache) == 6
         else:
@@ -354,7 +354,7 @@ def test_each_precision_has_its_probe(tmp_path):
     def half(x):
         with torch.autocast('cpu', torch.bfloat16): return model(x)
     for _ in range(2):
-        cache = LogitsCache(tmp_path/'z'); cache.open('t')
+        cache = Cache(tmp_path/'z'); cache.open('t')
         with torch.no_grad():
             assert torch.equal(cache.run(model, x), model(x))
             assert torch.equal(cache.run(half, x, precision='bfloat16'), half(x).float())
@@ -363,9 +363,9 @@ def test_each_precision_has_its_probe(tmp_path):
 def test_rounding_is_not_another_teacher(tmp_path):
     x = torch.randn(6,50)
     masked = lambda f: lambda x: torch.cat([f(x), torch.full_like(x[:,:1], -math.inf)], 1)
-    cache = LogitsCache(tmp_path/'z'); cache.open('t'); cache.run(masked(lambda x: 5*x), x)
+    cache = Cache(tmp_path/'z'); cache.open('t'); cache.run(masked(lambda x: 5*x), x)
     for f,ok in ((lambda x: 5*x + 1e-3, True), (lambda x: 5.2*x, False), (lambda x: 5*x[:,:-1], False)):
-        other = LogitsCache(tmp_path/'z'); other.open('t')
+        other = Cache(tmp_path/'z'); other.open('t')
         if ok: other.run(masked(f), x)
         else:
             with pytest.raises(ValueError, match='random'): other.run(masked(f), x)
@@ -373,39 +373,39 @@ def test_rounding_is_not_another_teacher(tmp_path):
 def test_two_owners_cannot_share_a_folder(tmp_path):
     "Also if both opened it before either wrote"
     keys,z = row_keys(torch.randn(4,3)).tolist(),torch.ones(4,2)
-    a,b = LogitsCache(tmp_path/'z'),LogitsCache(tmp_path/'z')
+    a,b = Cache(tmp_path/'z'),Cache(tmp_path/'z')
     a.open('A'); b.open('B')
     a.put(keys, z)
     with pytest.raises(ValueError, match="another teacher's"): b.put(keys[:2], 2*z[:2])
-    c = LogitsCache(tmp_path/'z'); c.open('A')
+    c = Cache(tmp_path/'z'); c.open('A')
     assert torch.equal(c.get(keys), z)
 
 @pytest.mark.parametrize('text', [None, '', '{"owner": "A"', '{}', 'null', '[]', '"A"', '\0'*5, '{"owner": "A", "shape": ["x"], "classes": 2}'], ids=repr)
 def test_a_lost_or_damaged_meta_is_refused_with_the_cure(tmp_path, text):
-    a = LogitsCache(tmp_path/'z'); a.open('A'); a.put([1,2], torch.ones(2,2))
+    a = Cache(tmp_path/'z'); a.open('A'); a.put([1,2], torch.ones(2,2))
     if text is None: (tmp_path/'z'/'meta.json').unlink()
     else: (tmp_path/'z'/'meta.json').write_text(text)
     for owner in 'AB':
-        cache = LogitsCache(tmp_path/'z')
+        cache = Cache(tmp_path/'z')
         for _ in range(2):
             with pytest.raises(ValueError, match='delete the folder'): cache.open(owner)
 
 def test_rows_under_the_meta_of_another_teacher_are_not_read(tmp_path):
     for owner in 'AB':
-        cache = LogitsCache(tmp_path/owner); cache.open(owner); cache.put([1,2], torch.ones(2,2))
+        cache = Cache(tmp_path/owner); cache.open(owner); cache.put([1,2], torch.ones(2,2))
     (tmp_path/'A'/'meta.json').write_text((tmp_path/'B'/'meta.json').read_text())
-    b = LogitsCache(tmp_path/'A'); b.open('B')
+    b = Cache(tmp_path/'A'); b.open('B')
     assert b.missing([1,2]) == [0,1]
 
 def test_a_folder_of_an_earlier_version_is_refused(tmp_path):
     (tmp_path/'meta.json').write_text('{"owner": "A", "shape": [2], "classes": 2}')
-    with pytest.raises(ValueError, match='earlier version'): LogitsCache(tmp_path).open('A')
+    with pytest.raises(ValueError, match='earlier version'): Cache(tmp_path).open('A')
 
 @pytest.mark.parametrize('damage', [lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:50]), lambda p: p.write_bytes(b'')])
 def test_a_lost_or_damaged_probe_is_refused_with_the_cure(tmp_path, damage):
-    cache = LogitsCache(tmp_path/'z'); cache.open('t'); cache.run(lambda x: x, torch.randn(4,3))
+    cache = Cache(tmp_path/'z'); cache.open('t'); cache.run(lambda x: x, torch.randn(4,3))
     damage(tmp_path/'z'/'probe.pt')
-    with pytest.raises(ValueError, match='delete the folder'): LogitsCache(tmp_path/'z').open('t')
+    with pytest.raises(ValueError, match='delete the folder'): Cache(tmp_path/'z').open('t')
 
 # --- padding
 
@@ -419,7 +419,7 @@ def padded(*lengths, value=1, first=False):
 def test_padding_is_named_in_the_first_epoch(first, as_dict):
     wrap = lambda ids: {'ids': ids, 'mask': (ids != 1).long()} if as_dict else ids
     model = lambda x: (x['ids'] if as_dict else x)[:,:2].float()
-    cache = LogitsCache(); cache.open('t', n_items=6)
+    cache = Cache(); cache.open('t', n_items=6)
     cache.run(model, wrap(padded(5,8,3, first=first)))
     with pytest.warns(UserWarning, match='longest of their batch'): cache.run(model, wrap(padded(6,4,9, first=first)))
     with pytest.raises(ValueError, match='pad all items to one length'): cache.run(model, wrap(padded(5,4,3, first=first)))
@@ -433,7 +433,7 @@ def test_no_false_alarm_of_padding():
     end = [torch.cat([o, torch.full((4,2), 7)], 1) for o in equal]
     images = [torch.randint(0, 255, (4,1,n,n), generator=g, dtype=torch.uint8) for n in (5,8)]
     for batches_ in (one, equal, end, images):
-        cache = LogitsCache(); cache.open('t', n_items=100)
+        cache = Cache(); cache.open('t', n_items=100)
         with warnings.catch_warnings():
             warnings.simplefilter('error')
             for o in batches_: cache.run(model, o)

@@ -78,14 +78,14 @@ def tune(
         steps = count()
         def tick(row):
             trial.report(row[column], next(steps))
-            if trial.should_prune(): raise optuna.TrialPruned
+            if trial.should_prune(): raise optuna.TrialPruned('it fell behind')  # fastai needs a message
         return e.run(as_method(_text(loss, _suggest(trial, space))), 1000, tick).log[column][-1]
 
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         study = optuna.create_study(storage=f"sqlite:///{e.folder/'study.db'}", study_name=f'{loss} {e.comparison}', load_if_exists=True,
-            direction='minimize' if e.scale.sign < 0 else 'maximize', sampler=optuna.samplers.TPESampler(seed=0))
+            direction='minimize' if e.scale.sign < 0 else 'maximize', sampler=optuna.samplers.TPESampler(seed=0), pruner=optuna.pruners.MedianPruner(n_warmup_steps=epochs//2))
         def say(study, trial):
             if show: print(f'trial {trial.number+1} of {trials}: {_text(loss, {k: _rounded(v) if isinstance(v, float) else v for k,v in trial.params.items()})}: '
                            + (f'{column} {e.scale.text(trial.value)}' if trial.state.name == 'COMPLETE' else 'stopped early'), flush=True)

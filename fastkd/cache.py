@@ -117,18 +117,20 @@ def unpack_topk(
 
 # %% ../nbs/02b_cache.ipynb #f677eae4
 class Cache:
-    """Logits by row keys, in memory or in a folder.
+    """Logits, and activations of layers, by row keys, in memory or in a folder.
 
-    A folder is memory-mapped, outlives the process, may be used by several processes, and holds the logits of one `owner`.
+    A folder is memory-mapped, outlives the process, may be used by several processes, and holds what one `owner` answers. Activations are kept in half precision.
     Raises `ValueError` for those of another one."""
     def __init__(self,
         folder=None, # Where to keep them; `None` for memory
         topk:int=None, # Keep the `topk` largest and the mass of the rest
         views:int=None, # Let random inputs (augmentation, MixUp) repeat after so many epochs; see `Views`
-        seed:int=0 # Of the views: which random inputs
+        seed:int=0, # Of the views: which random inputs
+        max_gb:float=16. # Refuse to keep more than this
     ):
         self.folder,self.topk,self.owner = None if folder is None else Path(folder),topk,None
-        self.views,self.seed,self.asked_rows,self.new_rows = views,seed,0,0
+        self.views,self.seed,self.max_gb,self.asked_rows,self.new_rows = views,seed,max_gb,0,0
+        self.stores,self.dtype,self.n_items,self.items = {},'<f4',None,None  # `stores`: of activations, by layer
         self.new_views()  # raises now for a number that is none
         self.clear()
 
@@ -155,10 +157,11 @@ def open(self:Cache,
     n_items:int=None # Number of items in the data, to find out whether their inputs change
 ):
     "Prepare for the logits of `owner`. Raises `ValueError` if the folder holds another one's, or is damaged."
+    self.items = n_items
     self.n_items,self.seen,self.paddings,self.padded = None if self.views else n_items,set(),{},False  # views repeat, and are watched for it
     if owner != self.owner:
         if self.folder is not None or self.owner is not None: self.clear()  # in memory: the teacher was trained on
-        self.owner = owner
+        self.owner,self.stores = owner,{}
         try: self._open_folder()
         except:
             self.owner = None
@@ -172,16 +175,7 @@ def run(self:Cache,
     precision:str='' # How `compute` works beside its inputs, such as the dtype of autocast
 ) -> Tensor:
     "The logits of a batch, float32; `compute` runs on the inputs that are new."
-    inputs = row_keys(*xb)
-    keys = (inputs ^ zlib.crc32(precision.encode())).tolist()
-    self.watch(inputs.tolist(), *xb)
-    self.confirm(compute, *xb, precision=precision)
-    new = self.missing(keys)
-    self.asked_rows,self.new_rows = self.asked_rows + len(keys),self.new_rows + len(new)
-    if new:
-        if len(new) < len(keys): xb = take_rows(xb, new)
-        self.put([keys[i] for i in new], compute(*xb), xb, precision)
-    return self.get(keys)
+    return self.run_layers(lambda *xb: {'': compute(*xb)}, [''], *xb, precision=precision)['']
 
 # %% ../nbs/02b_cache.ipynb #f3c1ad85
 @patch
@@ -201,6 +195,7 @@ def put(self:Cache,
     "Keep the logits of new keys. Raises `ValueError` for logits of another shape than the others."
     kept = z.detach().float().cpu()
     kept = (kept if self.topk is None else pack_topk(kept, self.topk)).numpy()
+    if self.dtype == '<f2': kept = kept.clip(-65504, 65504)  # the largest numbers that half precision has
     if self.shape is None: self._begin(kept.shape[1:], z.shape[-1], xb is not None)
     if kept.shape[1:] != self.shape:
         raise ValueError(f"The cache holds logits of shape {self.shape} for an item, got {kept.shape[1:]}: "
@@ -222,16 +217,16 @@ def get(self:Cache,
     where = [self.index[k] for k in keys]
     if self.file is not None and self.n and (self.new is None or len(self.new) < self.n):
         self.new = np.memmap(self.file, dtype=self._row, mode='r', shape=(self.n,))
-    z = np.empty((len(keys), *self.shape), '<f4')
+    z = np.empty((len(keys), *self.shape), self.dtype)
     for part in {p for p,_ in where}:
         to = [i for i,(p,_) in enumerate(where) if p == part]
         z[to] = (self.new if part < 0 else self.parts[part])['z'][[where[i][1] for i in to]]
-    z = torch.from_numpy(z)
+    z = torch.from_numpy(z).float()
     return z if self.topk is None else unpack_topk(z, self.classes)
 
 # %% ../nbs/02b_cache.ipynb #504057f2
 @patch(as_prop=True)
-def _row(self:Cache): return np.dtype([('key','<i8'), ('check','<i8'), ('z','<f4',self.shape)])
+def _row(self:Cache): return np.dtype([('key','<i8'), ('check','<i8'), ('z',self.dtype,self.shape)])
 
 @patch
 def _check(self:Cache, key, z):
@@ -400,3 +395,52 @@ def confirm(self:Cache,
     if n != len(inputs): raise ValueError(f"The logits in {self.folder} are of inputs with {len(inputs)} tensors, got {n}: give another folder.")
     raise ValueError(f"The logits in {self.folder} are another teacher's: this one gives others for the first inputs. If it is the same teacher, "
                      "its output is random or depends on more than its input. Give another folder, or delete this one.")
+
+# %% ../nbs/02b_cache.ipynb #actv0002
+@patch
+def store(self:Cache,
+    name:str # A layer; '' for the logits
+):
+    "What is kept of one layer."
+    if not name: return self
+    if name not in self.stores:
+        store = Cache(None if self.folder is None else self.folder/f'layer-{name}')
+        store.dtype = '<f2'
+        store.open(f'{self.owner} {name}')
+        self.stores[name] = store
+    return self.stores[name]
+
+@patch
+def run_layers(self:Cache,
+    compute, # `{name: tensor}` for inputs, a row each; '' for the logits
+    names:list, # Layers, and '' for the logits
+    *xb, # Inputs of a batch
+    precision:str='' # As in `run`
+) -> dict:
+    "Activations and logits of a batch by name, float32; `compute` runs on the inputs that are new to one of them. Raises `ValueError` if they would take too much room."
+    inputs,stores = row_keys(*xb),{name: self.store(name) for name in names}
+    keys = (inputs ^ zlib.crc32(precision.encode())).tolist()
+    self.watch(inputs.tolist(), *xb)
+    if '' in names: self.confirm(lambda *xb: compute(*xb)[''], *xb, precision=precision)
+    new = sorted({i for s in stores.values() for i in s.missing(keys)})
+    self.asked_rows,self.new_rows = self.asked_rows + len(keys),self.new_rows + len(new)
+    if new:
+        some = take_rows(xb, new) if len(new) < len(keys) else xb
+        for name,z in compute(*some).items():
+            if stores[name].shape is None: self.check_size(name, z)
+            stores[name].put([keys[i] for i in new], z, some if name == '' else None, precision)
+    return {name: s.get(keys) for name,s in stores.items()}
+
+@patch
+def check_size(self:Cache, name, z):
+    "Raise `ValueError` if all rows of `z` and of the other layers would take more than `max_gb`"
+    self.sizes = {**getattr(self, 'sizes', {}), name: z[0].numel()*(2 if name else 4)}
+    if self.gigabytes is None or self.gigabytes <= self.max_gb: return
+    raise ValueError(f"The cache would take up to {self.gigabytes:.1f} GB: {self.items:,} items" + f" × {self.views} views"*bool(self.views) + f" × {sum(self.sizes.values()):,} bytes. "
+                     f"Compare fewer layers, take fewer views, or raise the limit, `Cache(max_gb={self.gigabytes+1:.0f})`.")
+
+@patch(as_prop=True)
+def gigabytes(self:Cache) -> float|None:
+    "How much room the cache will take at most, `None` while that is not known."
+    if self.items is None or not getattr(self, 'sizes', None): return None
+    return self.items*(self.views or 1)*sum(self.sizes.values())/1e9

@@ -29,8 +29,6 @@ def refuse(
     if any(unwrap(m) is unwrap(learn.model) for m in teacher.models):
         raise ValueError("The teacher is the student itself; give another model, or a copy of it (`copy.deepcopy`).")
     mixers,features = [type(cb).__name__ for cb in learn.cbs if isinstance(cb, MixHandler)],objective.feature_terms
-    if teacher.cache is not None and features:
-        raise ValueError("The teacher's `cache` keeps logits: leave it out for losses that compare activations.")
     if teacher.cache is not None and mixers and not teacher.cache.views:
         raise ValueError(f"The teacher's `cache` keeps the logits of inputs that come again, and {mixers[0]} makes new ones in each batch: "
                          "let them repeat, `Teacher(model, cache=Cache(views=8))`, or leave out the cache.")

@@ -414,6 +414,8 @@ def check(self:Session, pred, target, acts):
     if has_several(self.learn.pred): self.notes.append("the first of the student's outputs is compared")
     if self.teacher.takes_first: self.notes.append("the first of the teacher's outputs is compared")
     self.task = task
+    cache = self.teacher.cache
+    if cache is not None and (cache.gigabytes or 0) > .1: self.notes.append(f"the cache takes up to {cache.gigabytes:.1f} GB {'in memory' if cache.folder is None else 'on disk'}")
     self.announce()
 
 # %% ../nbs/03b_session.ipynb #ee5a93ee

@@ -298,7 +298,7 @@ def run(self:Teacher,
     "The logits of each model, in its own shape (none without `logits`), and the activations of `layers`."
     with ExitStack() as stack:
         if self.running is None: stack.enter_context(self.on())
-        if self.cache is not None and not layers: return TeacherOutput(self._cached(*xb), {})
+        if self.cache is not None: return self._cached(*xb, layers=tuple(layers), logits=logits)
         return self._forward(*xb, layers=tuple(layers), logits=logits)
 
 @patch
@@ -355,7 +355,7 @@ def _forward(self:Teacher, *xb, layers=(), logits=True, mapped=False):
     acts,outputs = {},[]
     with self._resting(xb):
         for i,m in enumerate(self.calls):
-            if i == 0 and layers: outputs.append(self._hooks(layers, xb).run(*self._inputs(0, *xb), stop=not logits))
+            if i == 0 and layers: outputs.append(self._hooks(layers, xb, mapped).run(*self._inputs(0, *xb, mapped=mapped), stop=not logits))
             elif logits: outputs.append(self._call(m, self._inputs(i, *xb, mapped=mapped)))
         zs = [self._logits(o) for o in outputs] if logits else []
     if layers: acts = {n: a.clone() if a.is_inference() else a for n,a in self.hooks[layers].collect().items()}
@@ -381,9 +381,9 @@ def output(self:Teacher, *xb):
     "What the first model itself outputs, whatever it is."
     with self.on(), self._resting(xb): return self.calls[0](*self._inputs(0, *xb))
 @patch
-def _hooks(self:Teacher, layers, xb):
+def _hooks(self:Teacher, layers, xb, mapped=False):
     "The hooks for `layers`, which know from an earlier run what each layer does"
-    if layers not in self.hooks: self.hooks[layers] = FeatureHooks(self.model, layers, 'teacher', self._inputs(0, *xb))
+    if layers not in self.hooks: self.hooks[layers] = FeatureHooks(self.model, layers, 'teacher', self._inputs(0, *xb, mapped=mapped))
     return self.hooks[layers]
 
 # %% ../nbs/02_teacher.ipynb #fce6ed11
@@ -489,14 +489,17 @@ def reset(self:Teacher):
 
 # %% ../nbs/02_teacher.ipynb #e340d6a4
 @patch
-def _cached(self:Teacher, *xb):
-    "The logits from the cache; the models run on inputs that are new to it"
+def _cached(self:Teacher, *xb, layers=(), logits=True):
+    "Logits and activations from the cache; the models run on inputs that are new to it"
     device = find_device(xb)
     # under autocast the logits of an input are different
     precision = str(torch.get_autocast_dtype(device.type)) if self.dtype is None and torch.is_autocast_enabled(device.type) else ''
     xb = self._mapped(*xb)
-    z = self.cache.run(lambda *xb: torch.stack(self._forward(*xb, mapped=True).logits, 1), *xb, precision=precision)
-    return list(z.to(device).unbind(1))
+    def compute(*xb):
+        output = self._forward(*xb, layers=layers, logits=logits, mapped=True)
+        return {**({'': torch.stack(output.logits, 1)} if logits else {}), **output.activations}
+    kept = self.cache.run_layers(compute, [*['']*logits, *layers], *xb, precision=precision)
+    return TeacherOutput(list(kept.pop('').to(device).unbind(1)) if logits else [], {n: a.to(device) for n,a in kept.items()})
 
 # %% ../nbs/02_teacher.ipynb #d2a9b60e
 @patch

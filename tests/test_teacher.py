@@ -192,8 +192,44 @@ def test_topk_wants_the_classes_last():
     learn = learner(DataLoaders.from_dsets(*[[(torch.randn(1,4,4), torch.zeros(4,4).long())]*8]*2, bs=8, device='cpu'), Maps(), loss_func=CrossEntropyLossFlat(axis=1))
     with pytest.raises(ValueError, match='last axis'): learn.fit(1, cbs=KnowledgeDistillationCallback(Teacher(Maps(), cache=True, topk=2), SoftTarget))
 
-def test_activations_are_refused():
-    with pytest.raises(ValueError, match='activations'): fitted(Teacher(Counting(), cache=True), loss=Attention)
+@pytest.mark.parametrize('both', [False,True])
+@pytest.mark.parametrize('place', ['memory','folder'])
+def test_activations_are_kept(place, both, tmp_path):
+    "alone and beside logits; the fit is that without a cache, up to half precision"
+    def loss(): return [Attention(layers={'conv2':'net.conv2'}), *([SoftTarget()] if both else [])]
+    plain,kd = fitted(Counting(), loss=loss())
+    model = Counting()
+    cache = True if place == 'memory' else tmp_path/'z'
+    cached,kd_c = fitted(teacher := Teacher(model, cache=cache), loss=loss())
+    rows = model.rows
+    close(plain, cached, rtol=0, atol=.06)  # small errors grow in ten steps of the weight 1000
+    for name,values in kd.curves['train'].items(): assert kd_c.curves['train'][name][0] == pytest.approx(values[0], rel=1e-3)
+    more = Counting()
+    fitted(teacher if place == 'memory' else Teacher(more, cache=cache), loss=loss(), epochs=5)
+    found_out = 2*8 + 4  # the first batch, for the layouts of layers, and what confirms whose folder it is
+    assert rows <= 24 + found_out and (model.rows - rows if place == 'memory' else more.rows) <= found_out
+
+def test_a_layer_that_joins_is_asked_once_more():
+    model = Counting()
+    teacher = Teacher(model, cache=True)
+    fitted(teacher)
+    before = model.rows
+    fitted(teacher, loss=Attention)
+    assert 24 <= model.rows - before <= 24 + 20
+    assert [*teacher.cache.stores] == ['net.conv2'] and len(teacher.cache.store('net.conv2')) == 24
+
+def test_what_takes_too_much_room_is_refused():
+    "before it is written"
+    tiny = Cache(max_gb=1e-6)
+    with pytest.raises(ValueError, match=r'would take up to 0.0 GB: \d+ items × [\d,]+ bytes. Compare fewer layers'): fitted(Teacher(Counting(), cache=tiny), loss=Attention)
+    assert not len(tiny.store('net.conv2'))
+    with pytest.raises(ValueError, match='× 3 views ×'): fitted(Teacher(Counting(), cache=Cache(views=3, max_gb=1e-6)), loss=Attention)
+
+def test_large_activations_are_kept_as_the_largest_numbers():
+    cache = Cache()
+    cache.open('t')
+    z = cache.run_layers(lambda x: {'a': x*1e6}, ['a'], torch.tensor([[1.],[-1.],[1e-6]]))['a']
+    assert z.flatten().tolist() == [65504,-65504,1]
 
 def test_a_stateful_teacher_is_refused():
     class Stateful(nn.Module):

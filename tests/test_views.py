@@ -170,3 +170,13 @@ def test_validation_inside_a_fit_is_no_epoch():
             self.model.train()
     a,b = fitted(photographs(), 3, [Views(2)]),fitted(photographs(), 3, [Views(2), Validates()])
     assert sum(b.seen, []) == sum(a.seen, [])
+
+@pytest.mark.parametrize('loss', [FitNet, lambda: [SoftTarget(),FitNet()]])
+def test_activations_of_views_are_kept(loss, tmp_path):
+    t = Counting()
+    for first in True,False:
+        learn,watch = Learner(photographs(), student(), CrossEntropyLossFlat()),Watch(t)
+        kd = KD(Teacher(t, cache=Cache(tmp_path/'z', views=2)), loss(), '0', 'net.0')
+        with learn.no_bar(), learn.no_logging(): learn.fit(4, 1e-3, cbs=[watch, kd, MixUp(.4)])
+        assert watch.asked[1 if not first else 2:] == [0]*(3 if not first else 2)
+        assert watch.asked[0] >= 24 if first else watch.asked[0] <= 20  # to find out where the layers have their channels

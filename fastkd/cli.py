@@ -44,6 +44,7 @@ def run(
     statistics:bool=False, # Keep mean and standard deviation of each parameter and its gradient, for each epoch?
     bf16:bool=False, # Train in bfloat16 mixed precision, channels-last, with a bfloat16 copy of the teacher?
     augment:bool=False, # Augment what the student trains on, with and without a teacher, as the recipe does for its teacher?
+    views:number=None, # Let augmented and mixed inputs come again after so many epochs, so that the teacher need not look again
     set:str=None # Settings of a file, separated by commas, e.g. "lr=0.003,n_train=500"
 ):
     "Train the student with each method and seed, and a recipe's teacher before. A command that was stopped continues where it was."
@@ -53,7 +54,7 @@ def run(
         from fastkd.experiments.files import parse_settings, run_experiment
         for name,given in dict(teacher_epochs=teacher_epochs, device=device, data=data, statistics=statistics, bf16=bf16, augment=augment).items():
             if given: raise ValueError(f"`--{name.replace('_', '-')}` is for recipes; in {what} it is up to `make_teacher` and `make_student`.")
-        run_experiment(what, parse_settings(set) if set else None, methods=methods, seeds=seeds, epochs=epochs, out=out)
+        run_experiment(what, parse_settings(set) if set else None, methods=methods, seeds=seeds, epochs=epochs, out=out, views=views)
     else:
         from fastkd.experiments.compare import run_recipe
         from fastkd.experiments.recipes import find_recipe
@@ -62,7 +63,7 @@ def run(
         if augment:
             if not r.augment: raise ValueError(f"The recipe {what!r} has no augmentation.")
             r = replace(r, student_augment=r.augment)
-        run_recipe(r, methods, 5 if seeds is None else seeds, epochs, teacher_epochs, device, data, out, statistics, bf16)
+        run_recipe(r, methods, 5 if seeds is None else seeds, epochs, teacher_epochs, device, data, out, statistics, bf16, views)
     print()
     table(out)
     plot(out)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from torch import nn
 from torch.utils.data import TensorDataset
-from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, MSELossFlat, accuracy, mse, set_seed
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, MSELossFlat, accuracy, mse, set_seed
 from fastai.callback.mixup import MixUp
 import fastkd
 from fastkd.cli import main
@@ -261,6 +261,53 @@ def test_what_is_finished_is_kept_when_a_run_fails(teacher, tmp_path):
     with pytest.raises(KeyboardInterrupt): compare(make, teacher, ['none','soft'], 2, 2, 0.02, out=tmp_path, show=False)
     kept = len(Results(tmp_path/'results.jsonl').read())
     assert 0 < kept < 4 and len(compare(make, teacher, ['none','soft'], 2, 2, 0.02, out=tmp_path, show=False)) == 4
+
+# views
+
+class Asked(nn.Module):
+    "A teacher that counts the rows it is asked about"
+    rows = 0
+    def __init__(self): super().__init__(); self.net = net(32)
+    def forward(self, x):
+        Asked.rows += len(x)
+        return self.net(x)
+
+def mixed_student(): return Learner(dls, net(), CrossEntropyLossFlat(), metrics=accuracy, cbs=MixUp(0.4))
+
+@pytest.mark.filterwarnings('ignore:The teacher')
+def test_methods_share_what_the_teacher_saw(tmp_path):
+    "of each seed; the numbers of a run are the same whoever asked first"
+    torch.manual_seed(0)
+    t = Asked()
+    kwargs = dict(seeds=2, epochs=5, lr=0.02, views=2, show=False)
+    Asked.rows = 0
+    compare(mixed_student, t, ['soft'], out=tmp_path/'a', **kwargs)
+    first = Asked.rows
+    Asked.rows = 0
+    both = compare(mixed_student, t, ['soft','logits','none'], out=tmp_path/'a', **kwargs)
+    assert 2*2*80 <= first <= 2*2*80 + 300 and Asked.rows <= 200  # two views of two seeds; then what finds out and confirms whose cache it is
+    again = compare(mixed_student, t, ['none','logits','soft'], out=tmp_path/'b', **kwargs)
+    assert numbers(again) == numbers(both)
+    live = compare(mixed_student, t, ['soft'], out=tmp_path/'c', **{**kwargs, 'views': None})
+    assert live.runs[0].comparison != both.runs[0].comparison
+
+@pytest.mark.filterwarnings('ignore:The teacher')
+def test_the_student_alone_sees_the_views_of_its_seed(tmp_path):
+    seen = {}
+    def make():
+        learn = mixed_student()
+        class See(Callback):
+            order = 1001
+            def before_batch(self):
+                if self.training: seen.setdefault(len(made), []).append(self.x.clone())
+        made.append(1)
+        learn.add_cb(See())
+        return learn
+    made = []
+    compare(make, Asked(), ['none','soft'], 2, 3, 0.02, views=2, out=tmp_path, show=False)
+    runs = [torch.cat(v) for v in seen.values() if len(v) == 12]
+    assert len(runs) == 4 and torch.equal(runs[0], runs[1]) and torch.equal(runs[2], runs[3]) and not torch.equal(runs[0], runs[2])
+    assert torch.equal(runs[0][:80], runs[0][160:]) and not torch.equal(runs[0][:80], runs[0][80:160])
 
 # what is said
 

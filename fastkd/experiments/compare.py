@@ -14,11 +14,13 @@ from fastcore.basics import IN_NOTEBOOK, patch
 from fastai.basics import Callback, Learner, apply, default_device, no_random
 from fastai.callback import schedule as _schedule  # `fit_one_cycle`
 from fastai.callback.schedule import SchedNo
+from ..cache import Cache
 from ..callback import KnowledgeDistillationCallback
 from .. import metrics as _metrics  # `teacher_metrics`
 from ..layers import rewound
 from ..methods import as_methods, checked_count, contents, method as as_method
 from ..teacher import Teacher
+from ..views import Views
 from .recipes import Parts, Recipe, find_recipe
 from .records import Results, Run, fingerprint, model_layout, named_function, provenance, same_settings
 from .reports import Runs, Scale
@@ -44,6 +46,7 @@ class Experiment:
     layers:tuple=None # Layers of student and teacher, in pairs, for losses that compare activations; `None`: `match_layers` finds them
     name:str='' # What the data are, for captions
     statistics:bool=False # Keep statistics of parameters and gradients?
+    views:int=None # After how many epochs do random inputs come again, so that the teacher need not look again? `None`: never
 
     @property
     def folder(self): return self.results.path.parent
@@ -87,7 +90,7 @@ class Experiment:
     def epochs_of(self, method): return method.epochs or self.epochs
     def measured_on(self, learn): return learn.dls.valid if self.test is None else self.test
     def callbacks(self): return []
-    def teacher_for(self, method): return self.teacher
+    def teacher_for(self, method, seed): return self.with_views(self.teacher, seed)
     def prepare(self, tick): "A trained teacher needs no preparation."
 
     def __getstate__(self):  # for another process, which need not find these out again
@@ -124,7 +127,7 @@ def common(self:Experiment) -> dict:
         batches = [_batch_summary(dl) for dl in (learn.dls.train, learn.dls.valid, *([self.test] if self.test is not None else []))]
     return dict(student=model_layout(lambda: learn.model), weights=checksum(learn.model.state_dict()), batches=batches, loss=_plain(learn.loss_func),
         optimizer=_plain(learn.opt_func), rates=[str(o) for o in (learn.lr, learn.wd, learn.moms, learn.wd_bn_bias, learn.train_bn)],
-        callbacks=[_settings_of(cb) for cb in learn.cbs], epochs=self.epochs, lr=str(self.lr), fit=getattr(self.fit, '__qualname__', _plain(self.fit)),
+        callbacks=[_settings_of(cb) for cb in learn.cbs], epochs=self.epochs, lr=str(self.lr), fit=getattr(self.fit, '__qualname__', _plain(self.fit)), **(dict(views=self.views) if self.views else {}),
         metric=self.scale.metric, layers=self.layers, sizes=self.sizes)
 
 @patch(as_prop=True)
@@ -173,11 +176,12 @@ class RecipeExperiment(Experiment):
         device:torch.device, # Where
         results:Results, # Where its results are kept
         bf16:bool=False, # In bfloat16 mixed precision?
-        statistics:bool=False # Keep statistics of parameters and gradients?
+        statistics:bool=False, # Keep statistics of parameters and gradients?
+        views:int=None # After how many epochs random inputs come again
     ):
         self.recipe,self.parts,self.device,self.bf16 = recipe,parts,device,bf16
         fit = recipe.student_fit
-        super().__init__(self.student, None, results, fit.epochs, layers=recipe.layers, metric='accuracy', statistics=statistics)
+        super().__init__(self.student, None, results, fit.epochs, layers=recipe.layers, metric='accuracy', statistics=statistics, views=views)
         self.callbacks()  # raises now if they cannot be made
 
     @cached_property
@@ -203,7 +207,7 @@ class RecipeExperiment(Experiment):
         r = self.recipe
         given = {n: named_function(o) for n in ('student_augment','student_cbs') if (o := getattr(r, n))}
         return fingerprint(dict(self.common, fit=vars(r.student_fit), student=model_layout(r.student), layers=r.layers,
-            teacher=fingerprint(self.teacher_settings), **given))
+            teacher=fingerprint(self.teacher_settings), **given, **(dict(views=self.views) if self.views else {})))
 
     @cached_property
     def about(self):
@@ -222,11 +226,11 @@ class RecipeExperiment(Experiment):
         raise ValueError("`student_cbs` must be functions or classes that make callbacks, such as `(MixUp,)` or `(partial(MixUp, 1.),)`, "
                          "because each run needs its own.")
 
-    def teacher_for(self, method):
+    def teacher_for(self, method, seed):
         "The teacher of one run with `method`; where it always sees the same inputs, with a cache for its logits"
-        same_inputs = not (self.parts.batch_of or self.recipe.student_augment or self.recipe.student_cbs)
+        same_inputs = not (self.parts.batch_of or self.recipe.student_augment or self.recipe.student_cbs or self.views)
         cache = same_inputs and not method.compares_activations and not hasattr(self.teacher, 'reset')
-        return Teacher(self.teacher, dtype=torch.bfloat16 if self.bf16 else None, channels_last=self.bf16, cache=cache)
+        return self.with_views(Teacher(self.teacher, dtype=torch.bfloat16 if self.bf16 else None, channels_last=self.bf16, cache=cache), seed)
 
     def check(self, methods):
         with no_random(reproducible=False): self.teacher = self.recipe.teacher().to(self.device)  # it is trained in `prepare`
@@ -266,11 +270,27 @@ def one_line(
 
 # %% ../../nbs/06d_compare.ipynb #cmp00018
 @patch
-def callback_for(self:Experiment, method):
-    "A new callback for one run with `method`; `None` for the student alone."
+def callback_for(self:Experiment, method, seed:int=None):
+    "A new callback for one run with `method`, `None` for the student alone; without a seed nothing of the teacher is kept."
     try: method = copy.deepcopy(method)
     except Exception: pass  # a loss may hold what cannot be copied
-    return method.callback(self.teacher_for(method), self.layers)
+    return method.callback(self.teacher_for(method, seed), self.layers)
+
+@patch
+def with_views(self:Experiment, teacher, seed):
+    "`teacher` with a cache for the views of a run, in the folder if its weights say whose it is; that of a `Teacher` which has one stays"
+    teacher = copy.copy(teacher) if isinstance(teacher, Teacher) else Teacher(teacher)
+    if not self.views or seed is None or teacher.cache is not None or any(hasattr(m, 'reset') for m in teacher.models): return teacher
+    known = all(isinstance(m, torch.nn.Module) for m in teacher.models)
+    teacher.cache = Cache(self.folder/'teacher' if known else None, views=self.views, seed=seed)
+    return teacher
+
+@patch
+def callbacks_of_run(self:Experiment, method, seed) -> list:
+    "All callbacks of a run; views come with a cache, else by themselves"
+    kd = self.callback_for(method, seed)
+    alone = self.views and (kd is None or kd.teacher.cache is None)
+    return [kd, *([Views(self.views, seed)] if alone else []), *self.callbacks()]
 
 # %% ../../nbs/06d_compare.ipynb #cmp00019
 @patch
@@ -281,7 +301,7 @@ def run(self:Experiment,
 ) -> Run:
     "Train one student."
     learn = new_learner(self.make_student, seed)
-    cbs = [self.callback_for(method), *self.callbacks()]
+    cbs = self.callbacks_of_run(method, seed)
     try: run = train(learn, self.fit_for(method), self.measured_on(learn), cbs, tick, self.statistics)
     except (ValueError,FloatingPointError) as e: raise ValueError(f"{method.name}: {one_line(e)}") from e
     return self.record(method, seed, run)
@@ -525,6 +545,7 @@ def compare(
     better:str=None, # 'higher' or 'lower'; known of losses and errors
     layers:tuple=None, # Layers of student and teacher, in pairs, for losses that compare activations; `match_layers` finds them by default
     fit:callable=Learner.fit_one_cycle, # `fit(learn, epochs, lr, cbs=cbs)` trains a student, for instance `Learner.fine_tune`
+    views:int=None, # Let augmented and mixed inputs come again after so many epochs, so that the teacher need not look again; see `Views`
     name:str='', # What the data are, for captions; the name of the folder by default
     executor=None, # A `concurrent.futures.Executor` that makes the runs, e.g. Dask's `client.get_executor()`
     show:bool=True # Say what is run?
@@ -535,7 +556,7 @@ def compare(
     cannot be used."""
     methods,seeds,epochs = as_methods(list(methods) if isinstance(methods, tuple) else methods),checked_seeds(seeds),checked_count(epochs, 'epochs')
     check_make_student(make_student)
-    e = Experiment(make_student, teacher, Results(Path(out)/'results.jsonl'), epochs, lr, fit, test, metric, better, layers, name)
+    e = Experiment(make_student, teacher, Results(Path(out)/'results.jsonl'), epochs, lr, fit, test, metric, better, layers, name, views=views)
     e.scale  # raises for a metric that there is not
     return e.carry_out(methods, seeds, show, executor)
 
@@ -550,6 +571,7 @@ def run_recipe(
     out=None, # Folder for the teacher and the results, finished ones included; `runs/<recipe>` by default
     statistics:bool=False, # Keep mean and standard deviation of each parameter and its gradient, for each epoch?
     bf16:bool=False, # Train in bfloat16 mixed precision, channels-last, with a bfloat16 copy of the teacher?
+    views:int=None, # Let augmented and mixed inputs come again after so many epochs, so that the teacher need not look again; see `Views`
     show:bool=True # Say what is run?
 ) -> Runs:
     """Train a recipe's teacher once, then its student with each method and seed; finished runs are not repeated.
@@ -558,7 +580,7 @@ def run_recipe(
     recipe = _with_epochs(find_recipe(recipe), epochs, teacher_epochs)
     methods,seeds,device = as_methods(recipe.methods if methods is None else methods),checked_seeds(seeds),_device(device)
     results = Results(Path(out or Path('runs')/recipe.name)/'results.jsonl')
-    return RecipeExperiment(recipe, recipe.data(data), device, results, bf16, statistics).carry_out(methods, seeds, show)
+    return RecipeExperiment(recipe, recipe.data(data), device, results, bf16, statistics, views).carry_out(methods, seeds, show)
 
 # %% ../../nbs/06d_compare.ipynb #cmp00052
 @patch

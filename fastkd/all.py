@@ -15,6 +15,7 @@ from fastkd.teacher import Teacher
 from fastkd.online_teachers import EMATeacher, PeerTeacher
 from fastkd.callback import KnowledgeDistillationCallback
 from fastkd.metrics import TeacherAgreement, TeacherKL  # and `kd.teacher_metrics()`
+from fastkd.start import init_from_teacher
 from fastkd.size_and_speed import size_and_speed
 from fastkd.plots import plot_losses, plot_similarity, plot_temperature, show_attention
 from fastkd.experiments.compare import compare

@@ -1,0 +1,356 @@
+"`init_from_teacher`: what is copied, by hand, for many pairs of models; what keeps its own weights; what stays as it was"
+import random
+import numpy as np
+import pytest, torch
+from torch import nn
+from torchvision import models as tv
+from fastai.basics import Adam, params
+from fastai.layers import ConvLayer
+from fastai.tabular.model import TabularModel
+from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config, awd_lstm_lm_config
+from fastai.text.models.core import get_language_model, get_text_classifier
+from fastai.vision.learner import create_body, create_vision_model
+from fastkd.all import *
+from conftest import batches, learner, net, same, weights
+
+def timm_model(name, **kwargs): return pytest.importorskip('timm').create_model(name, pretrained=False, num_classes=10, **kwargs)
+def vit(depth, width, heads, **kwargs): return timm_model('vit_tiny_patch16_224', depth=depth, embed_dim=width, num_heads=heads, **{'img_size': 64, **kwargs})
+def resnet(blocks, width, **kwargs):
+    "A ResNet of basic blocks with any widths"
+    model = tv.ResNet(tv.resnet.BasicBlock, [1]*4, num_classes=10)
+    model.inplanes = width
+    model.conv1,model.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False),nn.BatchNorm2d(width)
+    for i,n in enumerate(blocks): setattr(model, f'layer{i+1}', model._make_layer(tv.resnet.BasicBlock, width*2**i, n, 1 + (i > 0)))
+    model.fc = nn.Linear(width*8, 10)
+    return model
+def encoder(n, width, heads, hidden): return nn.TransformerEncoder(nn.TransformerEncoderLayer(width, heads, hidden, batch_first=True), n)
+def text(n, hid, emb, words=60, classes=2):
+    return get_text_classifier(AWD_LSTM, words, classes, config={**awd_lstm_clas_config, 'n_layers': n, 'n_hid': hid, 'emb_sz': emb})
+def language(n, hid, emb, words=60): return get_language_model(AWD_LSTM, words, config={**awd_lstm_lm_config, 'n_layers': n, 'n_hid': hid, 'emb_sz': emb})
+def table_model(*layers, classes=2): return TabularModel([(5,3),(4,2)], 3, classes, list(layers))
+
+def moved(model):
+    "A model whose BatchNorms have seen something"
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.running_mean.normal_(); m.running_var.uniform_(.5, 2); m.num_batches_tracked.fill_(7)
+    return model
+
+def by_hand(t, shape):
+    "Element i of d is element floor(i*D/d) of D along each axis"
+    return torch.from_numpy(np.asarray(t.detach().numpy()[np.ix_(*[[i*D//d for i in range(d)] for d,D in zip(shape, t.shape)])]))
+
+def check(student, teacher, table):
+    "Each tensor of a layer that is said to be copied is the selection of its counterpart, each other one is not changed"
+    s,t = weights(student),weights(teacher)
+    for name,row in table.iterrows():
+        tensors = {n: v for n,v in s.items() if n.rpartition('.')[0] == name}
+        if row.share:
+            for n,v in tensors.items():
+                source = '.'.join(filter(None, [row['from'], n.rpartition('.')[2]]))
+                assert torch.equal(v, by_hand(t[source], v.shape).to(v.dtype)), n
+        else: assert row.note and not row['from']
+
+# --- the same architecture -----------------------------------------------------------------------------------------
+
+images,tokens = torch.randn(2,3,64,64),torch.randint(1, 60, (2,9))
+@pytest.mark.parametrize('make,xb', [
+    (lambda: tv.resnet18(num_classes=10), images),
+    (lambda: tv.mobilenet_v3_small(num_classes=10), images),
+    (lambda: create_vision_model(tv.resnet18, 3, pretrained=False), images),
+    (lambda: create_body(tv.resnet18(), pretrained=False), images),
+    (lambda: vit(2, 48, 3), images),
+    (lambda: text(2, 20, 8), tokens), (lambda: language(2, 20, 8), tokens),
+    (lambda: encoder(2, 16, 2, 24), torch.randn(2,5,16)),
+    (lambda: table_model(10, 6), (torch.tensor([[1,2],[3,0]]), torch.randn(2,3))),
+], ids=['resnet','mobilenet','vision_learner','body','vit','text','language model','transformer','tabular'])
+def test_a_student_of_the_same_architecture_becomes_the_teacher(make, xb):
+    xb = xb if isinstance(xb, tuple) else (xb,)
+    student,teacher = make(),moved(make())
+    table = init_from_teacher(student, teacher)
+    assert (table.share == 1).all() and not table.note.any() and same(weights(student), weights(teacher))
+    outputs = [m.eval()(*xb) for m in (student,teacher)]
+    assert torch.equal(*[o[0] if isinstance(o, tuple) else o for o in outputs])
+
+# --- fewer blocks, fewer channels ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('student,teacher', [
+    (lambda: tv.resnet18(num_classes=10), lambda: tv.resnet34(num_classes=10)),
+    (lambda: resnet([2,2,2,2], 8), lambda: resnet([2,2,2,2], 16)),
+    (lambda: resnet([1,2,1,1], 6), lambda: resnet([2,2,2,2], 10)),
+    (lambda: create_vision_model(tv.resnet18, 3, pretrained=False), lambda: create_vision_model(tv.resnet34, 3, pretrained=False)),
+    (lambda: vit(2, 24, 3), lambda: vit(4, 48, 3)),
+    (lambda: vit(2, 24, 2), lambda: vit(3, 60, 3)),
+    (lambda: text(2, 10, 6), lambda: text(3, 20, 8)),
+    (lambda: language(1, 10, 6), lambda: language(3, 20, 8)),
+    (lambda: encoder(2, 16, 2, 20), lambda: encoder(4, 24, 3, 32)),
+    (lambda: table_model(10, 4), lambda: table_model(20, 10)),
+    (lambda: resnet([1,1,1,1], 16), lambda: resnet([1,1,1,1], 8)),
+], ids=['resnet34 to 18','half the width','any width','vision_learner','vit','vit with fewer heads','text','language model','transformer','tabular','wider'])
+def test_all_of_it_by_hand(student, teacher):
+    student,teacher = student(),moved(teacher())
+    table = init_from_teacher(student, teacher)
+    assert not table.note.any() and (table.share > 0).all()
+    check(student, teacher, table)
+
+def test_of_more_blocks_the_first():
+    student,teacher = tv.resnet18(num_classes=10),tv.resnet34(num_classes=10)
+    table = init_from_teacher(student, teacher)
+    assert list(table['from']) == list(table.index) and torch.equal(student.layer3[1].conv1.weight, teacher.layer3[1].conv1.weight)
+    assert table.loc['bn1','share'] == 1 and table.loc['conv1','parameters'] == 64*3*49
+
+def doubled(small):
+    "A chain of twice the width that computes the same: each hidden unit is there twice, and each of the two gives half"
+    layers = []
+    linears = [l for l in small if isinstance(l, nn.Linear)]
+    for l in small:
+        if isinstance(l, nn.Linear):
+            big = nn.Linear(l.in_features*(1 + (l is not linears[0])), l.out_features*(1 + (l is not linears[-1])), dtype=torch.double)
+            w,b = l.weight.data,l.bias.data
+            if l is not linears[-1]: w,b = w.repeat_interleave(2, 0),b.repeat_interleave(2)
+            if l is not linears[0]: w = w.repeat_interleave(2, 1)/2
+            big.weight.data,big.bias.data = w,b
+            layers.append(big)
+        elif isinstance(l, nn.BatchNorm1d): layers.append(nn.BatchNorm1d(2*l.num_features, dtype=torch.double))
+        else: layers.append(l)
+    return nn.Sequential(*layers)
+
+def chain(*sizes, norm=False):
+    layers = [o for a,b in zip(sizes, sizes[1:]) for o in (nn.Linear(a,b), *([nn.BatchNorm1d(b)] if norm else []), nn.ReLU())]
+    return nn.Sequential(*layers[:-1-norm]).double()
+
+def test_duplicated_units_that_are_dropped_leave_the_function_up_to_a_known_factor():
+    small = chain(5, 7, 6, 3)
+    for l in small:
+        if isinstance(l, nn.Linear): l.bias.data.zero_()
+    teacher,student,x = doubled(small),chain(5, 7, 6, 3),torch.randn(20,5, dtype=torch.double)
+    assert torch.allclose(teacher(x), small(x))
+    init_from_teacher(student, teacher)
+    assert torch.allclose(student(x)*4, teacher(x), atol=1e-12)  # two layers read half of what they read
+
+def test_after_a_normalization_the_factor_is_gone():
+    small = chain(5, 7, 6, 3, norm=True)
+    teacher,student,x = doubled(small),chain(5, 7, 6, 3, norm=True),torch.randn(20,5, dtype=torch.double)
+    init_from_teacher(student, teacher)
+    last = lambda m: (m(x) - m[-1].bias)
+    for m in (student,teacher): m[1].eps = m[4].eps = 1e-14
+    assert torch.allclose(2*last(student), last(teacher), atol=1e-8)
+
+def test_the_gates_of_an_lstm():
+    small,student,teacher = nn.LSTM(3,5),nn.LSTM(3,5),nn.LSTM(3,15)
+    with torch.no_grad():  # three times each unit, gate by gate
+        for n,p in teacher.named_parameters():
+            rows = [gate.repeat_interleave(3, 0) for gate in getattr(small, n).chunk(4)]
+            p.copy_(torch.cat([r.repeat_interleave(3, 1) if n == 'weight_hh_l0' else r for r in rows]))
+    init_from_teacher(student, teacher)
+    assert same(weights(student), weights(small))
+
+def test_queries_keys_and_values():
+    small,student,teacher = [nn.MultiheadAttention(n, 2) for n in (4,4,12)]
+    with torch.no_grad():
+        teacher.in_proj_weight.copy_(torch.cat([w.repeat_interleave(3, 0).repeat_interleave(3, 1) for w in small.in_proj_weight.chunk(3)]))
+    init_from_teacher(student, teacher)
+    assert torch.equal(student.in_proj_weight, small.in_proj_weight)
+
+# --- other names ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('way', ['torchvision from fastai','fastai from torchvision','a Learner','pairs'])
+def test_names_that_do_not_agree(way):
+    fastai,bare = create_vision_model(tv.resnet34, 10, pretrained=False),tv.resnet34(num_classes=10)
+    student,teacher = (bare,moved(fastai)) if way != 'fastai from torchvision' else (fastai,moved(bare))
+    if way == 'a Learner': table = init_from_teacher(student, learner(batches(shape=(3,64,64), n=2, n_valid=2, bs=2), teacher))
+    elif way == 'pairs': table = init_from_teacher(student, teacher, (['layer1','layer3'],['0.4','0.6']))
+    else: table = init_from_teacher(student, teacher, xb=images)
+    check(student, teacher, table)
+    ours = [n for n,r in table.iterrows() if r.share]
+    if way == 'pairs': assert {n.split('.')[0] for n in ours} == {'layer1','layer3'} and (table.note[table.share == 0] == 'not in `layers`').all()
+    else:
+        assert len(ours) == 72  # all convolutions and BatchNorms of a ResNet34, but no head
+        assert set(table.note[table.share == 0]) == {"no counterpart in the teacher"}
+
+def test_timm_and_torchvision():
+    table = init_from_teacher(tv.resnet18(num_classes=10), timm_model('resnet34'))
+    assert not table.note.any()
+
+def test_blocks_with_other_names_in_order():
+    class Block(nn.Module):
+        def __init__(self, w): super().__init__(); self.first,self.second = ConvLayer(w,w),ConvLayer(w,w)
+        def forward(self, x): return x + self.second(self.first(x))
+    class Named(nn.Module):
+        def __init__(self, w):
+            super().__init__()
+            self.a,self.norm_a,self.b,self.norm_b = nn.Conv2d(w,w,3,padding=1,bias=False),nn.BatchNorm2d(w),nn.Conv2d(w,w,3,padding=1,bias=False),nn.BatchNorm2d(w)
+        def forward(self, x): return x + self.norm_b(self.b(self.norm_a(self.a(x)).relu()))
+    def model(block, w, n): return nn.Sequential(ConvLayer(3,w,stride=2), nn.Sequential(*[block(w) for _ in range(n)]), ConvLayer(w,2*w,stride=2),
+                                                 nn.Sequential(*[block(2*w) for _ in range(n)]), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2*w,10))
+    student,teacher = model(Named, 4, 1),moved(model(Block, 8, 2))
+    table = init_from_teacher(student, teacher, {'1': '1', '3': '3'})
+    check(student, teacher, table)
+    assert table.loc['3.0.b','from'] == '3.0.second.0' and table.share.astype(bool).sum() == 8
+
+@pytest.mark.parametrize('wrap', [lambda m: nn.Sequential(nn.Upsample(scale_factor=2), m), nn.DataParallel, lambda m: nn.Sequential(nn.Identity(), nn.Sequential(m))],
+                         ids=['resizing','DataParallel','twice'])
+def test_wrapped_models(wrap):
+    student,teacher = tv.resnet18(num_classes=10),tv.resnet34(num_classes=10)
+    table = init_from_teacher(wrap(student), teacher)
+    assert not table.note.any() and torch.equal(student.layer4[1].conv2.weight, teacher.layer4[1].conv2.weight)
+    assert not init_from_teacher(tv.resnet18(num_classes=10), wrap(teacher)).note.any()
+
+# --- what keeps its own weights ------------------------------------------------------------------------------------
+
+def test_blocks_of_another_kind():
+    student,teacher = tv.resnet18(num_classes=10),tv.resnet50(num_classes=10)
+    before = weights(student)
+    table = init_from_teacher(student, teacher)
+    kept = table[table.index.str.startswith('layer')]
+    assert len(kept) == 38 and (kept.note == "a Bottleneck in the teacher, a BasicBlock here").all() and not kept.share.any()
+    assert all(torch.equal(v, before[n]) for n,v in weights(student).items() if n.startswith('layer'))
+    assert torch.equal(student.conv1.weight, teacher.conv1.weight)
+
+def test_a_patch_embedding_of_another_size():
+    student,teacher = vit(2, 24, 3, patch_size=8),vit(2, 48, 3)
+    before = weights(student)
+    table = init_from_teacher(student, teacher)
+    assert table.note['patch_embed.proj'] == '48 × 3 × 16 × 16 in the teacher, 24 × 3 × 8 × 8 here'
+    assert torch.equal(student.patch_embed.proj.weight, before['patch_embed.proj.weight']) and torch.equal(student.pos_embed, before['pos_embed'])
+    assert (table.share > 0).sum() == len(table) - 2
+
+def test_other_groups_and_depthwise_convolutions():
+    grouped = lambda groups, w: nn.Sequential(nn.Conv2d(w, w, 3, groups=groups), nn.BatchNorm2d(w))
+    table = init_from_teacher(grouped(2,8), grouped(4,16))
+    assert table.note['0'] == '4 groups in the teacher, 2 here' and table.share['1'] > 0
+    assert not init_from_teacher(grouped(8,8), grouped(16,16)).note.any() and not init_from_teacher(grouped(4,8), grouped(4,16)).note.any()
+
+def test_more_blocks_than_the_teacher_has():
+    table = init_from_teacher(tv.resnet34(num_classes=10), tv.resnet18(num_classes=10))
+    assert set(table.note) == {'', 'no such layer in the teacher'} and table.note['layer3.2.conv1']
+
+def test_sizes_of_words_and_of_buffers_of_integers():
+    class Model(nn.Module):
+        def __init__(self, words, width, n):
+            super().__init__()
+            self.words,self.out = nn.Embedding(words, width),nn.Linear(width, 3)
+            self.register_buffer('index', torch.arange(n))
+    table = init_from_teacher(Model(10,4,5), Model(12,8,5))
+    assert table.note['words'] == 'other words or categories in the teacher' and table.share['out'] and table.share['']
+    assert init_from_teacher(Model(10,4,5), Model(10,8,7)).note[''] == '7 in the teacher, 5 here'
+
+# --- classes and words ---------------------------------------------------------------------------------------------
+
+def with_classes(vocab, width=4, **kwargs):
+    learn = learner(model=net(width, classes=len(vocab)), **kwargs)
+    learn.dls.vocab = vocab
+    return learn
+
+@pytest.mark.parametrize('classes,rows', [(['a','b','c'], [0,1,2]), (['c','a','b'], [2,0,1]), (['c','b'], [2,1])])
+def test_the_head_by_class(classes, rows):
+    student,teacher = with_classes(classes),with_classes(['a','b','c'], 6)
+    table = init_from_teacher(student, teacher)
+    assert not table.note.any()
+    assert torch.equal(student.model.fc.bias, teacher.model.fc.bias[rows])
+    assert torch.equal(student.model.fc.weight, by_hand(teacher.model.fc.weight[rows], (len(rows), 8)))
+    bare = with_classes(classes)
+    init_from_teacher(bare, Teacher(teacher.model, vocab=['a','b','c']))
+    assert torch.equal(bare.model.fc.bias, student.model.fc.bias)
+
+@pytest.mark.parametrize('student,teacher', [
+    (lambda: with_classes(['a','d','b']), lambda: with_classes(['a','b','c'])),
+    (lambda: net(classes=5), lambda: net(width=6)),
+    (lambda: with_classes(['a','b']), lambda: net(width=6)),
+], ids=['a class that the teacher does not know','other numbers','names on one side'])
+def test_other_classes_keep_the_head(student, teacher):
+    student,teacher = student(),teacher()
+    head = student.model.fc if hasattr(student, 'model') else student.fc
+    before = head.weight.clone()
+    table = init_from_teacher(student, teacher)
+    assert table.note['fc'] == 'other classes in the teacher' and torch.equal(head.weight, before) and (table.share > 0).sum() == len(table)-1
+
+def test_words_by_vocabulary():
+    ours,theirs = ['xxunk','dog','cat'],['xxunk','cat','bird','dog']
+    student,teacher = learner(model=text(2, 10, 6, words=3)),learner(model=text(3, 20, 8, words=4))
+    student.dls.vocab,teacher.dls.vocab = (ours,['n','p']),(theirs,['p','n'])
+    table = init_from_teacher(student, teacher)
+    s,t = student.model[0].module.encoder.weight,teacher.model[0].module.encoder.weight
+    assert not table.note.any() and torch.equal(s, by_hand(t[[0,3,1]], s.shape)) and torch.equal(student.model[1].layers[-1][-1].weight, teacher.model[1].layers[-1][-1].weight[[1,0]])
+
+def test_the_words_of_a_language_model_are_its_classes():
+    student,teacher = learner(model=language(2, 10, 6, words=3)),learner(model=language(3, 20, 8, words=4))
+    student.dls.vocab,teacher.dls.vocab = ['xxunk','dog','cat'],['xxunk','cat','bird','dog']
+    assert not init_from_teacher(student, teacher).note.any()
+    assert student.model[1].decoder.weight is student.model[0].encoder.weight
+    assert torch.equal(student.model[1].decoder.bias, teacher.model[1].decoder.bias[[0,3,1]])
+    assert torch.equal(student.model[0].encoder.weight, by_hand(teacher.model[0].encoder.weight[[0,3,1]], (3,6)))
+    assert 'other words' in init_from_teacher(language(2, 10, 6, words=5), language(2, 20, 8)).note.iloc[0]
+
+# --- what stays as it was, and training ----------------------------------------------------------------------------
+
+def test_the_teacher_and_everything_else_stay():
+    student,teacher = net(width=4),moved(net(width=8))
+    student.conv1.weight.requires_grad_(False); student.bn1.eval(); teacher.bn2.eval()
+    state = lambda: [[(m.training, [(p.requires_grad, p.grad, p.data_ptr()) for p in m.parameters(recurse=False)]) for m in o.modules()] for o in (student,teacher)]
+    before,values,rng = state(),weights(teacher),(torch.get_rng_state().tolist(), random.getstate())
+    init_from_teacher(student, teacher)
+    assert state() == before and same(values, weights(teacher)) and (torch.get_rng_state().tolist(), random.getstate()) == rng
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.float64])
+def test_precisions(dtype):
+    student,teacher = net(),net(width=8).to(dtype)
+    init_from_teacher(student, teacher)
+    assert student.conv1.weight.dtype == torch.float32 and torch.equal(student.conv1.weight, teacher.conv1.weight[::2].float())
+
+def splitter(m): return [params(m[:3]), params(m[3:])]
+
+def test_freezing_and_discriminative_rates():
+    student = learner(opt_func=Adam, splitter=splitter)
+    student.fit(1)
+    student.freeze()
+    student.opt.set_hyper('lr', slice(1e-4,1e-2))
+    hypers,flags = [dict(h) for h in student.opt.hypers],[p.requires_grad for p in student.model.parameters()]
+    assert len(student.opt.state_dict()['state']) > 0
+    init_from_teacher(student, net(width=8))
+    assert [dict(h) for h in student.opt.hypers] == hypers and [p.requires_grad for p in student.model.parameters()] == flags
+    assert student.opt.frozen_idx == 1 and not any('grad_avg' in s for s in student.opt.state.values())
+    before = weights(student.model)
+    student.fit_one_cycle(1, slice(1e-4,1e-2))
+    assert torch.equal(before['conv1.weight'], student.model.conv1.weight) and not torch.equal(before['fc.weight'], student.model.fc.weight)
+    student.unfreeze(); student.fit(1)
+    assert not torch.equal(before['conv1.weight'], student.model.conv1.weight)
+
+def test_a_learner_without_an_optimizer_and_a_distillation():
+    teacher = learner(model=net(width=8, seed=7))
+    student = learner()
+    init_from_teacher(student, teacher)
+    student.fit(1, cbs=KnowledgeDistillationCallback(teacher, [SoftTarget,Attention]))
+    assert all(v.isfinite().all() for v in student.model.state_dict().values())
+
+# --- the table, and bad input --------------------------------------------------------------------------------------
+
+def test_the_table_shows_itself():
+    table = init_from_teacher(tv.resnet18(num_classes=2), tv.resnet34())
+    assert list(table.columns) == ['from','share','parameters','note'] and table.index.name == 'layer'
+    for text in (repr(table), table._repr_html_()): assert all(n in text for n in table.index) and '100%' in text and '1,179,648' in text
+    assert table.parameters.sum() == sum(p.numel() for p in tv.resnet18(num_classes=2).parameters())
+
+bare = net()
+@pytest.mark.parametrize('student,teacher,kwargs,error,says', [
+    (tv.resnet18(), vit(2, 24, 3), {}, ValueError, 'have other names. Give `xb`'),
+    (tv.resnet18(), vit(2, 24, 3), dict(xb=images), ValueError, r'Nothing of the teacher \(VisionTransformer\) fits the student \(ResNet\)'),
+    (nn.Sequential(nn.Linear(3,4)), nn.Sequential(nn.Linear(3,4), nn.Linear(4,2)), dict(layers={'0': '1.0'}), ValueError, "Layer '1.0' of the teacher"),
+    (net(), net(), dict(layers=(['conv1'],[])), ValueError, 'Layers are compared in pairs'),
+    (net(), net(), dict(layers={'bn1': 'conv1'}), ValueError, 'Nothing of the teacher'),
+    (bare, bare, {}, ValueError, 'The teacher is the student itself'),
+    (net(), [net(), net()], {}, ValueError, 'A student starts from one model, but the teacher is 2'),
+    (net(), lambda x: x, {}, TypeError, 'The teacher should be a model or a `Learner`, got function'),
+    ('resnet18', net(), {}, TypeError, 'The student should be a model or a `Learner`, got str'),
+    (net(), tv.resnet18, {}, TypeError, 'is a function that makes a model'),
+], ids=range(10))
+def test_bad_input(student, teacher, kwargs, error, says):
+    before = weights(student) if isinstance(student, nn.Module) else None
+    with pytest.raises(error, match=says): init_from_teacher(student, teacher, **kwargs)
+    assert before is None or same(before, weights(student))
+
+@pytest.mark.cuda
+def test_cuda():
+    student,teacher = net().cuda(),net(width=8)
+    init_from_teacher(student, teacher)
+    assert torch.equal(student.conv1.weight.cpu(), teacher.conv1.weight[::2]) and student.conv1.weight.is_cuda
+    init_from_teacher(net(), student)

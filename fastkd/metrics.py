@@ -71,8 +71,8 @@ def rows(self:TeacherMetric, learn):
     task = find_task(facts_of(learn.loss_func), pred, target, **self.task_settings)
     is_binary = task.kind == 'binary'
     if not is_binary and (task.kind == 'numbers' or task.axis is None or pred.shape[task.axis] < 2):
-        raise ValueError(f"`{type(self).__name__}` compares classes or yes/no labels, which cannot be found in outputs of shape {tuple(pred.shape)} with this "
-                         f"loss function: name the class axis, `{type(self).__name__}(teacher, axis=1)`; numbers have none.")
+        raise ValueError(f"`{type(self).__name__}` compares classes or yes/no labels, which cannot be found in outputs of shape {tuple(pred.shape)} "
+                         f"with this loss function: name the class axis, `{type(self).__name__}(teacher, axis=1)`; numbers have none.")
     t = teacher_logits(self.teacher, learn.xb, task.class_axis, task.kind or 'classes', pred)
     if not is_binary: return logit_rows(pred, t, target, task.axis, None if task.per_item else task.ignore_index)[:2]
     return logit_rows(*[torch.stack([torch.zeros_like(z), z], -1) for z in (pred,t)])[:2]

@@ -64,7 +64,8 @@ def check_model(model, role):
         if not isinstance(unwrap(m), nn.Module):
             raise TypeError(f"The {role} should be a model, a `Learner` or a `Teacher` of models, got {getattr(m, '__name__', type(m).__name__)}.")
         missing = next((n for n,p in m.named_parameters() if is_lazy(p) or p.is_meta), None)
-        if missing: raise ValueError(f"The parameter {missing!r} of the {role} has no values yet (a lazy layer, or the device 'meta'): load or make them first.")
+        if missing is None: continue
+        raise ValueError(f"The parameter {missing!r} of the {role} has no values yet (a lazy layer, or the device 'meta'): load or make them first.")
 
 @contextmanager
 def running(model):
@@ -102,7 +103,8 @@ def checked_inputs(student, teacher, xb):
         if dl is None: raise TypeError("Give `xb`, a batch of inputs: neither the student nor the teacher is a `Learner` with a validation set.")
         xb = first_batch(dl)[0]
     first = first_tensor(xb)
-    if first is None or not first.ndim: raise TypeError(f"`xb` should be a tensor, or a tuple of tensors with a row for each item, got {type(xb).__name__}.")
+    if first is None or not first.ndim:
+        raise TypeError(f"`xb` should be a tensor, or a tuple of tensors with a row for each item, got {type(xb).__name__}.")
     if not len(first): raise ValueError(f"`xb` has no items: its shape is {tuple(first.shape)}.")
     return tuplify(xb)
 
@@ -164,9 +166,9 @@ def size_and_speed(
 ) -> SizeTable:
     """How large and how fast student and teacher are, and how much the student saves.
 
-    Rows: `parameters`; `MB` on disk; `multiply-adds` for one item, those in convolutions and matrix products; `ms for 1 item` and for the batch, medians in
-    eval mode on the device where the model is; the first metric of a `Learner` on its validation set. Columns: `student`, `teacher`, `ratio`, the teacher's
-    value by the student's. Models, Learners and random streams stay as they were.
+    Rows: `parameters`; `MB` on disk; `multiply-adds` for one item, those in convolutions and matrix products; `ms for 1 item` and for the batch,
+    medians in eval mode on the device where the model is; the first metric of a `Learner` on its validation set. Columns: `student`, `teacher`,
+    `ratio`, the teacher's value by the student's. Models, Learners and random streams stay as they were.
     Raises `TypeError` for anything else than models, `ValueError` if a model cannot run on the inputs; before anything is timed."""
     both = dict(student=student, teacher=teacher)
     for role,m in both.items(): check_model(m, role)

@@ -88,7 +88,8 @@ def walk(
     for n,child in layer.named_children():
         found,why = other._modules.get(n) if other is not None else None,note
         if other is not None and found is None: why = "no such layer in the teacher"
-        elif found is not None and not same_kind(child, found): found,why = None,f"a {type(found).__name__} in the teacher, a {type(child).__name__} here"
+        elif found is not None and not same_kind(child, found):
+            found,why = None,f"a {type(found).__name__} in the teacher, a {type(child).__name__} here"
         yield from walk(child, found, joined(name, n), joined(source, n), why)
 
 # %% ../nbs/01d_start.ipynb #ini00019
@@ -256,7 +257,8 @@ def init_from_teacher(
         why = next((f": {c.name!r}, {c.note}" for c in found.values() if c.note), '')
         raise ValueError(f"Nothing of the teacher ({type(unwrap(source)).__name__}) fits the student ({type(unwrap(student)).__name__}){why}.")
     if isinstance(student, Learner) and student.opt is not None: student.opt.clear_state()
-    rows = [found.get(l) or Counterpart(n, l, note="not in `layers`" if layers else "no counterpart in the teacher") for n,l in owners(unwrap(student)).items()]
+    without = "not in `layers`" if layers else "no counterpart in the teacher"
+    rows = [found.get(l) or Counterpart(n, l, note=without) for n,l in owners(unwrap(student)).items()]
     return InitTable({'from': [c.source if c.share else '' for c in rows], 'share': [c.share for c in rows],
         'parameters': [sum(p.numel() for p in c.layer.parameters(recurse=False)) for c in rows], 'note': [c.note for c in rows]},
         index=pd.Index([c.name for c in rows], name='layer'))

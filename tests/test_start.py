@@ -205,6 +205,17 @@ def test_blocks_of_another_kind():
     assert len(kept) == 38 and (kept.note == "a Bottleneck in the teacher, a BasicBlock here").all() and not kept.share.any()
     assert all(torch.equal(v, before[n]) for n,v in weights(student).items() if n.startswith('layer'))
     assert torch.equal(student.conv1.weight, teacher.conv1.weight)
+    before = weights(student)
+    with pytest.raises(ValueError, match="'0.4' in the teacher has other layers"):
+        init_from_teacher(student, create_vision_model(tv.resnet50, 10, pretrained=False), xb=images)
+    assert same(before, weights(student))
+
+def test_fewer_layers_before_the_head():
+    student,teacher = chain(5, 7, 3),chain(5, 7, 6, 3)
+    before = student[2].weight.clone()
+    table = init_from_teacher(student, teacher)
+    assert table.note['2'] == "the last layer of one model, and not of the other" and torch.equal(student[2].weight, before)
+    assert table.share['0'] == 1
 
 def test_a_patch_embedding_of_another_size():
     student,teacher = vit(2, 24, 3, patch_size=8),vit(2, 48, 3)

@@ -176,7 +176,7 @@ class Vocabularies:
 
     def rows(self, c:Counterpart, a, b):
         "`(rows, note)` for the tensors `a` and `b` of a counterpart: `rows` is `None` where the sizes decide"
-        tied = any(self.heads) and a is getattr(self.last[0], 'weight', None)  # an embedding that is the last layer's weight too
+        tied = any(self.heads) and isinstance(c.layer, nn.Embedding) and a is getattr(self.last[0], 'weight', None)  # embedding and decoder
         last = [c.layer is self.last[0] or tied, c.other is self.last[1] or tied]
         if all(last) and any(self.heads): what,rows = 'classes',positions(self.ours.classes, self.theirs.classes, a, b)
         elif any(l and h for l,h in zip(last, self.heads)): return None,"the last layer of one model, and not of the other"
@@ -247,10 +247,10 @@ def init_from_teacher(
     for role,m in dict(student=student, teacher=source).items():
         if not isinstance(unwrap(m), nn.Module): raise TypeError(f"The {role} should be a model or a `Learner`, got {type(m).__name__}.")
     if unwrap(student) is unwrap(source): raise ValueError("The teacher is the student itself.")
-    found = counterparts(student, source, layers, xb)
+    found = {}
+    for c in counterparts(student, source, layers, xb): found.setdefault(c.layer, c)  # a shared layer by its first name
     known = knowledge_of(student.dls if isinstance(student, Learner) else None)
     vocabularies = Vocabularies(unwrap(student), unwrap(source), known, teacher.knowledge(0))
-    found = {c.layer: c for c in reversed(found)}  # a shared layer by its first name
     for c in found.values():
         if c.other is not None: copy_layer(c, vocabularies)
     if not any(c.share for c in found.values()):

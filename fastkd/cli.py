@@ -83,9 +83,9 @@ def _choices():
     from fastkd.experiments.recipes import recipes
     def filled(text): return textwrap.fill(text, 80, initial_indent='  ', subsequent_indent='  ', break_on_hyphens=False)
     titles = [textwrap.fill(f'{n:18}{r.title}', 80, initial_indent='  ', subsequent_indent=' '*20) for n,r in recipes.items()]
-    return '\n'.join(['Recipes:', *titles, '', 'Methods:', filled(', '.join(['none', *named_methods()])), '',
-        filled("A method takes the arguments of its loss, and weight, label_weight, schedule and epochs: "
-               "\"soft(T=7,weight=0.7)\". A + trains with two losses: \"soft(T=4)+fitnet\"."), '',
+    return '\n'.join(['Recipes:', *titles, '', 'Methods:', filled(', '.join(['none', 'init', *named_methods()])), '',
+        filled("A method takes the arguments of its loss, and weight, label_weight, schedule, epochs and mixup: "
+               "\"soft(T=7,weight=0.7)\". A + trains with two losses: \"soft(T=4)+fitnet\"; with \"init+soft\" the student starts from its teacher's weights."), '',
         'Schedules of the weight:', filled(f'{", ".join(schedules)}: "fitnet(schedule=hint)".')])
 
 # %% ../nbs/07_cli.ipynb #d2fd23e5

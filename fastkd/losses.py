@@ -350,7 +350,8 @@ class SoftTarget(KDLoss):
     # top-k keeps each probability of the k classes at T=1; the other classes share the rest, which counts the more the higher T is
     needs_all_logits = False
     too_few = "The softmax of a single column is always 1: use `BinarySoftTarget` for a yes/no output, `Logits` for a regression."
-    methods = {'soft': dict(weight=0.5), 'soft-paper': dict(T=4), 'standardized': dict(T=2, standardize=True)}
+    methods = {'soft': dict(weight=0.5), 'soft-paper': dict(T=4), 'standardized': dict(T=2, standardize=True),
+               'funmatch': dict(T=1, weight=1., label_weight=0., mixup=1.)}  # Beyer et al. 2022: no labels, mixed inputs, and patience
     def __init__(self,
         T='auto', # Temperature, or a function of training progress; 'auto' is 5, or 2 with `standardize`
         standardize=False, # z-score each row of logits first?

@@ -73,6 +73,8 @@ class Method:
     label_weight:float=None # As of `KnowledgeDistillationCallback`
     schedule:str|callable=None # A name in `schedules`, or a function of training progress
     epochs:int=None # Another number of epochs than the recipe's
+    mixup:float=None # Mix inputs, with shares from `Beta(mixup, mixup)`?
+    init:bool=False # Does the student start from its teacher's weights (`init_from_teacher`)?
 
     def __post_init__(self):
         self.loss = list(self.loss) if isinstance(self.loss, (list,tuple,L)) else [self.loss]
@@ -82,6 +84,8 @@ class Method:
     def checked(self) -> Objective:
         "The objective, `None` for the student alone. Raises `TypeError` or `ValueError` for settings that make no sense."
         if self.epochs is not None: self.epochs = checked_count(self.epochs, 'epochs')
+        if self.mixup is not None and (isinstance(self.mixup, bool) or not isinstance(self.mixup, (int,float)) or not self.mixup > 0):
+            raise ValueError(f"`mixup` must be a number above 0, got {self.mixup!r}.")
         if self.schedule is not None and not callable(self.schedule) and self.schedule not in [*schedules]:
             raise ValueError(f"There is no schedule {self.schedule!r}; the schedules are {', '.join(schedules)}.")
         if not self.loss: return None
@@ -171,25 +175,27 @@ def _loss_text(loss):
 @patch
 def settings(self:Method) -> dict:
     "Losses, weights, schedule and epochs as plain data."
-    if not self.loss: return dict(epochs=self.epochs)
+    more = {k: v for k,v in dict(mixup=self.mixup, init=self.init).items() if v}
+    if not self.loss: return dict(epochs=self.epochs, **more)
     text = lambda o: re.sub(' at 0x[0-9a-f]+', '', o if isinstance(o, str) else repr(o))
     label,weights = self.weights()
     warmup = dict(warmup_epochs=self.warmup_epochs) if self.warmup_epochs else {}
     return dict(loss=[text(_loss_text(t.loss)) for t in self.terms], weight=weights, label_weight=label,
-        schedule=self.schedule and text(self.schedule), epochs=self.epochs, **warmup)
+        schedule=self.schedule and text(self.schedule), epochs=self.epochs, **warmup, **more)
 
 # %% ../nbs/05_methods.ipynb #mth00022
 @patch
 def __add__(self:Method, o):
+    if self.init and not self.loss: return replace(o, name=f'{self.name}+{o.name}', init=True)
     if not (self.loss and o.loss): raise ValueError("`none` cannot be joined with another method.")
     for m in (self,o):
         if m.warmup_epochs:
             raise ValueError(f"{m.name} cannot be joined: its weight grows over the first {m.warmup_epochs} epochs; "
                              "give the weight as a number, and a `schedule`.")
-    if self.schedule != o.schedule or self.epochs != o.epochs:
-        raise ValueError(f"{self.name} and {o.name} cannot be joined: their schedules or epochs differ.")
+    if (self.schedule,self.epochs,self.mixup) != (o.schedule,o.epochs,o.mixup):
+        raise ValueError(f"{self.name} and {o.name} cannot be joined: their schedules, epochs or mixing differ.")
     (a,ws),(b,vs) = self.weights(),o.weights()
-    return Method(f'{self.name}+{o.name}', self.loss+o.loss, ws+vs, min(a, b), self.schedule, self.epochs)
+    return Method(f'{self.name}+{o.name}', self.loss+o.loss, ws+vs, min(a, b), self.schedule, self.epochs, self.mixup, self.init)
 
 # %% ../nbs/05_methods.ipynb #mth00026
 def split_methods(
@@ -227,8 +233,8 @@ def _defined(name):
     named,classes = named_methods(),{c.__name__: (c,{}) for c in loss_classes()}
     found = named.get(_old_names.get(name, name)) or classes.get(name)
     if found: return found
-    near = get_close_matches(name, ['none', *named], 3, 0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are none, {', '.join(named)}."
+    near = get_close_matches(name, ['none', 'init', *named], 3, 0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are none, init, {', '.join(named)}."
     raise ValueError(f"There is no method {name!r}; {hint}")
 
 # %% ../nbs/05_methods.ipynb #mth00049
@@ -244,16 +250,16 @@ def _check_kinds(name, cls, kwargs):
 def _single(text):
     "The method of one loss, or of none, that `text` means"
     name,kwargs = _parsed(text)
-    own = 'weight','label_weight','schedule','epochs'
-    cls,settings = (None,{}) if name == 'none' else _defined(name)
-    takes = ['epochs'] if cls is None else [*signature(cls).parameters, *own]
+    own = 'weight','label_weight','schedule','epochs','mixup'
+    cls,settings = (None,{}) if name in ('none','init') else _defined(name)
+    takes = ['epochs','mixup'] if cls is None else [*signature(cls).parameters, *own]
     unknown = [k for k in kwargs if k not in takes]
     if unknown: raise ValueError(f"`{name}` has no argument {unknown[0]!r}; it takes {', '.join(takes)}.")
     if cls: _check_kinds(name, cls, kwargs)
     settings = {**settings, **kwargs}
     try: loss = [cls(**{k: v for k,v in settings.items() if k not in own})] if cls else []
     except ValueError as e: raise ValueError(f"{text}: {e}") from None
-    return Method(text, loss, **{k: v for k,v in settings.items() if k in own})
+    return Method(text, loss, **{k: v for k,v in settings.items() if k in own}, init=name == 'init')
 
 # %% ../nbs/05_methods.ipynb #mth00034
 def method(

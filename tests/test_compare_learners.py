@@ -262,6 +262,28 @@ def test_what_is_finished_is_kept_when_a_run_fails(teacher, tmp_path):
     kept = len(Results(tmp_path/'results.jsonl').read())
     assert 0 < kept < 4 and len(compare(make, teacher, ['none','soft'], 2, 2, 0.02, out=tmp_path, show=False)) == 4
 
+# where the student starts, and what it is shown
+
+def test_a_student_that_starts_from_its_teacher(tmp_path):
+    "of the same architecture it begins as good as its teacher; the student alone does not"
+    def make(): return Learner(dls, net(32), CrossEntropyLossFlat(), metrics=accuracy)
+    t = trained(epochs=12)
+    runs = compare(make, t, ['none','init','init+soft'], 1, 1, lr=1e-9, out=tmp_path, show=False)
+    teacher = runs.table().accuracy['teacher']
+    assert runs.table().accuracy[['init','init+soft']].tolist() == pytest.approx([teacher]*2) and runs.table().accuracy['student alone'] < teacher - 10
+    assert runs.runs[1].settings['method']['init'] is True and 'init' not in runs.runs[0].settings['method']
+
+def test_mixed_inputs_are_part_of_a_method(teacher, tmp_path):
+    "`funmatch` is KL at T=1 on mixed inputs, without labels"
+    runs = run(teacher, methods=['none','none(mixup=0.4)','funmatch','soft(T=1,weight=1,label_weight=0,mixup=1)'], seeds=1, out=tmp_path)
+    logs = [r.log['train_loss'] for r in runs]
+    assert logs[0] != logs[1] and logs[2] == logs[3] and runs.runs[2].settings['method']['label_weight'] == 0
+    set_seed(0)
+    learn = make_student()
+    dls.train.rng = random.Random(0)
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 0.02, cbs=[MixUp(0.4)])
+    assert logs[1] == pytest.approx([v[0] for v in learn.recorder.values])
+
 # views
 
 class Asked(nn.Module):

@@ -103,7 +103,7 @@ def test_joining():
     assert (method('soft')+method('soft(T=2,weight=0.3)')).weights() == (0.5,[0.5,0.3])
     assert Method('mine', [SoftTarget, Logits], 0.6).weights() == (0.4,[0.3,0.3])  # one number is shared
     with pytest.raises(ValueError, match='20 epochs'): method('DecoupledKD(weight=paper)') + method('nkd')
-    for text,words in ('soft+dkd','schedules or epochs'),('soft+none','none'),('soft+fitnet(epochs=3)','schedules or epochs'):
+    for text,words in ('soft+dkd','schedules, epochs or mixing'),('soft+none','none'),('soft+fitnet(epochs=3)','schedules, epochs or'):
         with pytest.raises(ValueError, match=words): method(text)
 
 @pytest.mark.parametrize('text', ['', 'soft(', 'soft(T=)', 'soft(T=os.getcwd())', 'soft(**{})', 'soft(T=4)(T=5)',

@@ -13,12 +13,14 @@ import torch
 from fastcore.basics import IN_NOTEBOOK, patch
 from fastai.basics import Callback, Learner, apply, default_device, no_random
 from fastai.callback import schedule as _schedule  # `fit_one_cycle`
+from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import SchedNo
 from ..cache import Cache
 from ..callback import KnowledgeDistillationCallback
 from .. import metrics as _metrics  # `teacher_metrics`
 from ..layers import rewound
 from ..methods import as_methods, checked_count, contents, method as as_method
+from ..start import init_from_teacher
 from ..teacher import Teacher
 from ..views import Views
 from .recipes import Parts, Recipe, find_recipe
@@ -228,7 +230,7 @@ class RecipeExperiment(Experiment):
 
     def teacher_for(self, method, seed):
         "The teacher of one run with `method`; where it always sees the same inputs, with a cache for its logits"
-        same_inputs = not (self.parts.batch_of or self.recipe.student_augment or self.recipe.student_cbs or self.views)
+        same_inputs = not (self.parts.batch_of or self.recipe.student_augment or self.recipe.student_cbs or self.views or method.mixup)
         cache = same_inputs and not method.compares_activations and not hasattr(self.teacher, 'reset')
         return self.with_views(Teacher(self.teacher, dtype=torch.bfloat16 if self.bf16 else None, channels_last=self.bf16, cache=cache), seed)
 
@@ -290,7 +292,19 @@ def callbacks_of_run(self:Experiment, method, seed) -> list:
     "All callbacks of a run; views come with a cache, else by themselves"
     kd = self.callback_for(method, seed)
     alone = self.views and (kd is None or kd.teacher.cache is None)
-    return [kd, *([Views(self.views, seed)] if alone else []), *self.callbacks()]
+    return [kd, *([Views(self.views, seed)] if alone else []), *self.callbacks_for(method)]
+
+@patch
+def callbacks_for(self:Experiment, method) -> list:
+    "Callbacks beside the distillation."
+    return [*self.callbacks(), *([MixUp(float(method.mixup))] if method.mixup else [])]
+
+@patch
+def student_for(self:Experiment, method, seed):
+    "A new student for one run with `method`."
+    learn = new_learner(self.make_student, seed)
+    if method.init: init_from_teacher(learn, self.teacher)
+    return learn
 
 # %% ../../nbs/06d_compare.ipynb #cmp00019
 @patch
@@ -300,7 +314,7 @@ def run(self:Experiment,
     tick:callable=print # Called after each epoch with its row of the epoch table
 ) -> Run:
     "Train one student."
-    learn = new_learner(self.make_student, seed)
+    learn = self.student_for(method, seed)
     cbs = self.callbacks_of_run(method, seed)
     try: run = train(learn, self.fit_for(method), self.measured_on(learn), cbs, tick, self.statistics)
     except (ValueError,FloatingPointError) as e: raise ValueError(f"{method.name}: {one_line(e)}") from e
@@ -326,7 +340,7 @@ def _sentence(e, method):
     "What an error of a first batch says"
     # over an error without a message fastai raises an `IndexError`
     e = e.__context__ if isinstance(e, IndexError) and e.__context__ is not None and not e.__context__.args else e
-    if not isinstance(e, NotImplementedError): return one_line(e)
+    if not isinstance(e, NotImplementedError) or 'forward' not in f'{e}' and e.args: return one_line(e)
     return f"{' or '.join(t.loss.name for t in method.terms)} is a base class; give a loss that is derived from it."
 
 @patch
@@ -334,8 +348,8 @@ def try_method(self:Experiment, method):
     "Train one batch with `method`. Raises `ValueError` if that fails, or if its schedule makes a weight negative."
     try:
         for i in range(11 if method.objective else 0): method.objective.at(i/10, self.epochs_of(method))
-        learn = new_learner(self.make_student, 0)
-        try_batch(learn, self.fit_for(method), [self.callback_for(replace(method, schedule=SchedNo(1, 1))), *self.callbacks()])
+        learn = self.student_for(method, 0)
+        try_batch(learn, self.fit_for(method), [self.callback_for(replace(method, schedule=SchedNo(1, 1))), *self.callbacks_for(method)])
     except Exception as e: raise ValueError(f"{method.name}: {_sentence(e, method)}") from e
 
 @patch

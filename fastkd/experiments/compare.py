@@ -41,7 +41,7 @@ class Experiment:
     results:Results # Where finished runs are kept
     epochs:int=10 # Of the student's training
     lr:float=None # Its learning rate; that of the learner by default
-    fit:callable=Learner.fit_one_cycle # `fit(learn, epochs, lr, cbs=cbs)` trains a learner
+    fit:callable=None # `fit(learn, epochs, lr, cbs=cbs)` trains a learner
     test:object=None # A `DataLoader` that the end of each run is measured on; the validation set by default
     metric:str=None # Name of what is compared; the first metric of the learner by default, its validation loss if it has none
     better:str=None # 'higher' or 'lower'; known of losses and errors

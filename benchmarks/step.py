@@ -20,9 +20,10 @@ sys.path.insert(0, str(root))
 import torch
 import torch.nn.functional as F
 from torch import nn
-from fastai.basics import Callback, DataLoaders, Learner
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.mixup import MixUp
 from fastai.callback.progress import ProgressCallback # `Learner.no_bar`
 from fastkd.callback import KnowledgeDistillationCallback
 from fastkd.feature_losses import Attention
@@ -102,7 +103,7 @@ class Fit:
     def __init__(self, args, models, cbs, epochs=1):
         student,teacher = models
         self.args,self.epochs,self.cbs = args,epochs,list(cbs(teacher))
-        self.learn = Learner(None, copy.deepcopy(student), loss_func=F.cross_entropy)
+        self.learn = Learner(None, copy.deepcopy(student), loss_func=CrossEntropyLossFlat())
         if args.compile: self.learn.model = torch.compile(self.learn.model)
         if args.channels_last: self.learn.add_cb(ChannelsLast())
         if args.precision in amp: self.learn.add_cb(amp[args.precision]())
@@ -142,6 +143,11 @@ def kd(teacher, *layers, loss=None, **settings):
     if missing: raise Missing(f"this fastkd's `Teacher` has no {', '.join(missing)}")
     return KnowledgeDistillationCallback(Teacher(teacher, **settings), loss or SoftTarget(T=T), *layers)
 
+def cache_of(**settings):
+    try: from fastkd.cache import Cache
+    except ImportError: raise Missing("this fastkd has no views") from None
+    return Cache(**settings)
+
 def peer(teacher):
     "fasterai's callback"
     try: from fasterai.distill.all import KnowledgeDistillationCallback as PeerCallback, SoftTarget as peer_soft
@@ -167,6 +173,11 @@ def rows(args):
         'fastkd, Attention on four stages': fit(attend(4)), 'fastkd, Attention on two early stages': fit(attend(2)),
         'fastkd, teacher bfloat16 + channels last': fit(lambda t: kd(t, dtype=torch.bfloat16, channels_last=True)),
         'fastkd, cached teacher, second epoch': fit(lambda t: kd(t, cache=True), epochs=2), 'fasterai, SoftTarget': fit(peer)}
+    def mixup(t): return MixUp(0.4)
+    def views(n, *layers, **settings): return lambda t: kd(t, *[stages(o, 4) for o in layers or ()], cache=cache_of(views=n), **settings)
+    out |= {'MixUp, plain student': fit(mixup), 'MixUp, floor': fit(mixup, Floor), 'MixUp, fastkd, first epochs with views': fit(mixup, views(10**6)),
+        'MixUp, fastkd, from the epoch on where views come again': fit(mixup, views(1), epochs=2)}
+    if not args.tiny: out['MixUp, fastkd, Attention on four stages, views come again'] = fit(mixup, views(1, student, teacher, loss=Attention()), epochs=2)
     return {k: f for k,f in out.items() if not args.only or k == 'plain student' or k.startswith('floor') or any(o in k for o in args.only)}
 
 def data(args, steps):
@@ -262,6 +273,10 @@ def report(args):
     if not args.tiny: goal('bfloat16 + channels last / floor', lean, floor, 0.90)
     goal("Attention on two early stages: teacher's share / full forward", early, floor, 0.6, forwards)
     if not args.tiny: goal('cached, second epoch / plain', cached, plain, 1.05)
+    mixed,mixed_floor,first,again,four = map(name, ('MixUp, plain','MixUp, floor','first epochs','from the epoch on','stages, views'))
+    goal('views, first epochs / floor with MixUp', first, mixed_floor, 1.05)
+    goal('views that come again, logits / plain with MixUp', again, mixed, 1.03)
+    goal('views that come again, four stages and Attention / plain with MixUp', four, mixed, 1.10)
     if soft_: goals.append(('tensors saved for backward by the teacher (SoftTarget)', str(saved[soft_]), '0', saved[soft_] == 0))
     if not args.no_import:
         s = import_seconds()

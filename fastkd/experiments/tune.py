@@ -26,7 +26,7 @@ def search_space(
 ) -> dict:
     "`{setting: (kind, values)}` of what is tried: 'range', 'log' (a range of magnitudes) or 'choice'."
     space,paper = {},loss.paper
-    if loss.needs_features: space['weight'] = 'log',(paper[1]/10, paper[1]*10)
+    if loss.needs_features: space |= {'weight': ('log',(paper[1]/10, paper[1]*10)), 'label_weight': ('choice',[paper[0]])}
     else: space |= {'weight': ('range',(0.1, 1.)), 'label_weight': ('range',(0., 1.))}
     if 'T' in signature(type(loss)).parameters: space['T'] = 'log',(1., 10.)
     if loss.needs_features and loss.layers is None and len(pairs) > 1:

@@ -19,8 +19,8 @@ __all__ = ['row_keys', 'pack_topk', 'unpack_topk', 'Cache']
 
 # %% ../nbs/02b_cache.ipynb #d455c37b
 def _structure(x, alone=False):
-    "`x` as text, without the rows of its tensors. Raises `TypeError` for what cannot be a part of a key"
-    if isinstance(x, Tensor) and x.ndim: return ''
+    "`x` as text, of tensors the dtype and the shape of a row. Raises `TypeError` for what cannot be a part of a key"
+    if isinstance(x, Tensor) and x.ndim: return f'{x.dtype}{tuple(x.shape[1:])}'
     if isinstance(x, Mapping): return repr([(str(k), _structure(x[k], True)) for k in sorted(x, key=str)])
     if isinstance(x, (list,tuple,L)): return repr([_structure(o) for o in x])
     if isinstance(x, Tensor): return repr(x.item())
@@ -85,7 +85,7 @@ def row_keys(
     structure,tensors = [_structure(x, True) for x in xb],tensors_of(xb)
     if len({len(o) for o in tensors}) != 1:
         raise ValueError(f"Inputs need tensors with one row for each item, got {', '.join(str(tuple(o.shape)) for o in tensors) or 'no tensor'}.")
-    total,start = zlib.crc32(repr(structure).encode()) if any(structure) else 0,1
+    total,start = zlib.crc32(repr(structure).encode()),1
     for x in tensors:
         words = _row_words(x)
         place = torch.arange(start, start+words.shape[1], device=x.device)

@@ -4,7 +4,7 @@
 
 # %% ../nbs/05_methods.ipynb #mth00004
 from __future__ import annotations
-import ast, copy, hashlib, numbers, re
+import ast, copy, hashlib, inspect, numbers, re
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
@@ -144,12 +144,19 @@ def _held_by(o):
     held = [getattr(o, n, None) for n in ('__self__','__defaults__','__kwdefaults__','__dict__')]
     return [*held, *[c.cell_contents for c in getattr(o, '__closure__', None) or ()]]
 
+def _source(o):
+    "The code of a function or a class that is no part of a well-known package"
+    if (getattr(o, '__module__', None) or '').split('.')[0] in ('torch','fastai','fastcore','fastkd','numpy','builtins'): return ''
+    if getattr(o, '__name__', '') == '<lambda>': return o.__code__.co_code.hex()  # a line may hold several
+    try: return inspect.getsource(o)
+    except (OSError,TypeError): return ''
+
 # %% ../nbs/05_methods.ipynb #mth00046
 def contents(
     o, # Any object
     seen:dict=None # Objects that were met already, by `id`
 ) -> str:
-    "What `o` holds, as text that is the same in every process."
+    "What `o` holds, the code of functions and classes of your own included, as text that is the same in every process."
     seen = {} if seen is None else seen
     if o is None or isinstance(o, (bool,int,float,complex,str,bytes,range,PurePath)): return repr(o)
     if id(o) in seen: return f'#{seen[id(o)][0]}'
@@ -157,7 +164,8 @@ def contents(
     if isinstance(o, (type,ModuleType,nn.Parameter)): return getattr(o, '__name__', 'Parameter')
     if hasattr(o, '__array__'): return _array_text(o)
     if isinstance(o, (set,frozenset)): return f'{{{", ".join(sorted(contents(v, seen) for v in o))}}}'
-    return f"{getattr(o, '__qualname__', type(o).__qualname__)}({', '.join(contents(v, seen) for v in _held_by(o))})"
+    code = _source(o if hasattr(o, '__code__') else type(o))
+    return f"{getattr(o, '__qualname__', type(o).__qualname__)}({', '.join(contents(v, seen) for v in _held_by(o))}){code}"
 
 # %% ../nbs/05_methods.ipynb #mth00048
 def _loss_text(loss):

@@ -9,7 +9,7 @@ from contextlib import contextmanager, ExitStack
 from functools import partial
 import torch
 from torch import nn, Tensor
-from fastcore.basics import patch
+from fastcore.basics import IN_NOTEBOOK, patch
 from fastai.basics import L, ValueMetric, find_bs, find_device, noop, num_distrib, rank_distrib
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
@@ -274,7 +274,9 @@ def all_pairs(self:Session) -> list: return list(dict.fromkeys(p for pairs in (s
 def describe(self:Session) -> str:
     "What this fit does, in a line or two"
     text = f'Distilling {described(unwrap(self.model))}, from {self.teacher}: {self.objective}'
-    notes = [f"layers {', '.join(f'{s} ~ {t}' for s,t in self.all_pairs)}"] if self.all_pairs else []
+    shown = {t: ', '.join(f'{a} ~ {b}' for a,b in pairs) for t,pairs in (self.pairs or {}).items()}
+    same = len(set(shown.values())) == 1
+    notes = [f"layers {'' if same else f'of {t.loss.name} '}{text}" for t,text in [*shown.items()][:1 if same else None]]
     task = self.task
     if task is not None and task.kind == 'classes' and not task.per_item:
         notes.append(f'classes on axis {task.axis}' + (f', label {task.ignore_index} ignored' if task.ignore_index is not None and any('ignore_index' in t.needs for t in self.objective.active) else ''))
@@ -285,7 +287,8 @@ def describe(self:Session) -> str:
 def announce(self:Session):
     "Print what this fit does, on a line of its own and not into the progress bar of a terminal"
     if self.is_lr_find or rank_distrib() or self.learn.logger is noop: return
-    print(('\r\033[K' if sys.stdout.isatty() else '') + self.describe())
+    bar = hasattr(self.learn, 'progress') and not IN_NOTEBOOK
+    print(('\r\033[K' if sys.stdout.isatty() else '\n'*bar) + self.describe())
 
 # %% ../nbs/03b_session.ipynb #ad6c081a
 def number_of_items(

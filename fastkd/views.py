@@ -22,7 +22,8 @@ def seed_loader(
     seed:int # From which its own random stream starts
 ):
     "Let a loader shuffle from `seed`; the streams of Python, NumPy and PyTorch stay as they are."
-    for o in (dl, getattr(dl, 'dl', None), getattr(dl, 'sampler', None)):
+    batches = getattr(dl, 'batch_sampler', None)
+    for o in (dl, getattr(dl, 'dl', None), getattr(dl, 'sampler', None), batches, getattr(batches, 'sampler', None)):
         if isinstance(vars(o).get('rng') if hasattr(o, '__dict__') else None, random.Random): o.rng = random.Random(seed)  # fastai's
         if isinstance(generator := getattr(o, 'generator', None), torch.Generator): generator.manual_seed(seed)  # PyTorch's
 
@@ -40,7 +41,7 @@ class Views(OwnEvents):
         seed:int=0 # Which ones
     ):
         if isinstance(n, bool) or not isinstance(n, numbers.Integral) or n < 1: raise ValueError(f"The number of views must be a whole number of 1 or more, got {n!r}.")
-        self.n,self.seed,self.epochs,self.begun,self.own,self.drawn = int(n),int(seed),0,0,None,_Drawn(self)
+        self.n,self.seed,self.epochs,self.begun,self.own,self.drawing,self.drawn = int(n),int(seed),0,0,None,True,_Drawn(self)
 
     @property
     def repeats(self): return self.epochs > self.n  # is this epoch one that was shown before, by these views?
@@ -53,7 +54,7 @@ class Views(OwnEvents):
     def before_train(self):
         view = self.begun + self.epoch
         if not hasattr(self.learn, 'lr_finder'): self.epochs = view + 1
-        self.own,self.view = get_random_states(),view % self.n
+        self.own,self.view,self.drawing = get_random_states(),view % self.n,True
         seed_loader(self.learn.dl, _seed_of(self.seed, self.view))  # the same for all processes, which share one order
         self.at(0)
 
@@ -78,10 +79,19 @@ class _Drawn(OwnEvents):
     "The other half of `Views`: the last that changes a batch has drawn"
     order,run_valid = 900,False
     def __init__(self, views): self.views = views
+    def before_fit(self):
+        if self.views in self.learn.cbs: return
+        self.views.own = None  # an interrupt left this callback behind
+        self.learn.remove_cb(self)
+
     def before_batch(self):
-        if self.training: set_random_states(**self.views.own)
+        if not self.training or self.views.own is None: return
+        set_random_states(**self.views.own)
+        self.views.drawing = False
+
     def after_batch(self):
         if not self.training or self.views.own is None: return
-        self.views.own = get_random_states()
+        if not self.views.drawing: self.views.own = get_random_states()  # else the batch was cancelled before the student had its streams back
+        self.views.drawing = True
         self.views.at(2*self.views.batch + 2)
     def after_train(self): self.views.restore()

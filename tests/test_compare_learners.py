@@ -1,5 +1,5 @@
 "Comparisons of learners of one's own: what they train, what they refuse, and who shares their work"
-import io, json, os, random, signal, subprocess, sys, time
+import io, json, os, random, signal, subprocess, sys, time, warnings
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib import import_module
@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from torch import nn
 from torch.utils.data import TensorDataset
-from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, MSELossFlat, accuracy, mse, set_seed
+from fastai.basics import AvgMetric, Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, MSELossFlat, accuracy, mse, set_seed
 from fastai.callback.mixup import MixUp
 import fastkd
 from fastkd.cli import main
 from fastkd.experiments import Results, compare
+from fastkd.teacher import Teacher
 
 C = import_module('fastkd.experiments.compare')
 
@@ -100,12 +101,26 @@ def other_weights():
     learn = make_student()
     with torch.no_grad(): learn.model[0].weight.mul_(2)
     return learn
+def frozen():
+    learn = make_student()
+    learn.model[0].weight.requires_grad_(False)
+    return learn
+def other_attribute():
+    learn = make_student()
+    learn.model[2].p = 0.2
+    return learn
+def other_labels():
+    x,y = blobs()
+    y[70] = (y[70]+1) % 3  # in no first batch
+    data = DataLoaders(DataLoader(TensorDataset(x[:80], y[:80]), bs=20, shuffle=True, num_workers=0), DataLoader(TensorDataset(x[80:], y[80:]), bs=70, num_workers=0), device=torch.device('cpu'))
+    return Learner(data, net(), CrossEntropyLossFlat(), metrics=accuracy)
+def mixed_little(): return Learner(dls, net(), CrossEntropyLossFlat(), metrics=accuracy, cbs=MixUp(0.3))
 def other_callback(): return Learner(dls, net(), CrossEntropyLossFlat(), metrics=accuracy, cbs=MixUp(0.2))
 def of_function():
     "The name of the function and of the module do not matter"
     return make_student()
 
-@pytest.mark.parametrize('change', [dict(make_student=f) for f in (other_rate,other_width,other_loss,other_data,other_weights,other_callback)] +
+@pytest.mark.parametrize('change', [dict(make_student=f) for f in (other_rate,other_width,other_loss,other_data,other_weights,other_callback,frozen,other_attribute,other_labels)] +
     [dict(epochs=1), dict(lr=0.01), dict(teacher=1), dict(test=test_dl), dict(fit=Learner.fine_tune), dict(fit=Learner.fit)], ids=str)
 def test_whatever_decides_the_numbers_makes_another_comparison(change, finished, teacher, tmp_path):
     if 'teacher' in change: change = dict(teacher=trained(epochs=3))
@@ -113,6 +128,59 @@ def test_whatever_decides_the_numbers_makes_another_comparison(change, finished,
     first = compare(**kwargs)
     assert first.runs[0].comparison == finished[1].runs[0].comparison
     assert compare(**{**kwargs, **change}).runs[0].comparison != first.runs[0].comparison
+
+def test_settings_and_code_are_part_of_what_a_run_is_known_by(teacher, tmp_path):
+    "of callbacks, metrics, functions that teach and train, and of the teacher's data"
+    def known(make=make_student, t=teacher, **kwargs):
+        return compare(make, t, ['none'], 1, 1, out=tmp_path, show=False, **kwargs).runs[0].comparison
+    def metric(at): return lambda pred, targ: (pred.argmax(1) == targ).float().mean() if at else accuracy(pred, targ)
+    def learner(**kwargs): return lambda: Learner(dls, net(), CrossEntropyLossFlat(), **kwargs)
+    def first(pred, targ): return accuracy(pred, targ)
+    def second(pred, targ): return 1 - accuracy(pred, targ)
+    second.__name__ = 'first'
+    def teach(x): return teacher.model(x)
+    def other(x): return 2*teacher.model(x)
+    other.__name__ = other.__qualname__ = 'teach'
+    class Tanh(nn.Sequential): pass
+    pairs = [(dict(make=lambda: learner(metrics=accuracy, cbs=MixUp(.4))()), dict(make=lambda: learner(metrics=accuracy, cbs=MixUp(.2))())), (dict(make=learner(metrics=first)), dict(make=learner(metrics=second))),
+        (dict(t=teach), dict(t=other)), (dict(t=Teacher(teacher.model, outputs=lambda o: o)), dict(t=Teacher(teacher.model, outputs=lambda o: -o))),
+        (dict(t=teacher.model), dict(t=nn.Sequential(teacher.model[0], nn.Tanh(), *teacher.model[2:]))),
+        (dict(fit=lambda learn, n, cbs: learn.fit(n, cbs=cbs)), dict(fit=lambda learn, n, cbs: learn.fit(n, 1e-3, cbs=cbs)))]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        for a,b in pairs:
+            assert known(**a) == known(**a) != known(**b)
+
+def test_a_changed_loss_of_ones_own_is_told(teacher, tmp_path):
+    def mine(pred, teacher_pred): return (pred-teacher_pred).square().mean()
+    first = mine
+    def mine(pred, teacher_pred): return 2*(pred-teacher_pred).square().mean()
+    run(teacher, methods=['none', {'mine': first}], seeds=1, out=tmp_path)
+    with pytest.warns(UserWarning, match="'mine' had other settings in finished runs"): run(teacher, methods=['none', {'mine': mine}], seeds=1, out=tmp_path)
+
+def test_loaders_that_do_not_repeat_are_told(teacher, tmp_path):
+    class InPlace(DataLoader):
+        "fastai's `LMDataLoader` shuffles in this way"
+        def shuffle_fn(self, idxs):
+            self.held = [self.held[i] for i in super().shuffle_fn(list(range(len(idxs))))] if hasattr(self, 'held') else super().shuffle_fn(idxs)
+            return self.held
+    x,y = blobs()
+    data = DataLoaders(InPlace(TensorDataset(x[:80], y[:80]), bs=20, shuffle=True, num_workers=0), DataLoader(TensorDataset(x[80:], y[80:]), bs=70, num_workers=0), device=torch.device('cpu'))
+    with pytest.warns(UserWarning, match='does not repeat its batches for equal seeds'):
+        compare(lambda: Learner(data, net(), CrossEntropyLossFlat(), metrics=accuracy), teacher, ['none'], 1, 1, out=tmp_path, show=False)
+
+def test_of_two_metrics_of_one_name_the_first_counts(teacher, tmp_path):
+    def make():
+        a,b = AvgMetric(lambda p, t: torch.tensor(0.25)),AvgMetric(lambda p, t: torch.tensor(0.75))
+        a._name = b._name = 'same'
+        return Learner(dls, net(), CrossEntropyLossFlat(), metrics=[Named(a, 'same'), Named(b, 'same')])
+    r = compare(make, teacher, ['none'], 1, 1, out=tmp_path, show=False).runs[0]
+    assert r.value == 0.25 and r.log['same'] == [0.25]
+
+class Named(AvgMetric):
+    def __init__(self, m, name): super().__init__(m.func); self.named = name
+    @property
+    def name(self): return self.named
 
 def test_another_training_is_what_was_asked_for(teacher, tmp_path):
     def two_phases(learn, epochs, lr, cbs):
@@ -126,7 +194,7 @@ def test_a_test_set_is_what_the_end_is_measured_on(teacher, tmp_path):
     set_seed(0)
     log,_ = by_hand(0)
     assert 'accuracy on 60 test rows that trained no model' in ' '.join(repr(runs).split()) and runs.runs[0].data[1:4] == [80,70,60]
-    assert 'validation rows (who chooses a method by them' in repr(run(teacher, seeds=1, out=tmp_path)).replace('\n', ' ')
+    assert 'validation rows (too good for a method that is chosen by them' in repr(run(teacher, seeds=1, out=tmp_path)).replace('\n', ' ')
     with torch.no_grad(): right = (teacher.model.eval()(x).argmax(1) == y).float().mean().item()
     assert runs.table().accuracy['teacher'] == pytest.approx(100*right)
 
@@ -157,11 +225,22 @@ def test_what_makes_no_new_student_is_refused(o, words, teacher, tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
 
 @pytest.mark.parametrize('kwargs,words', [(dict(metric='dice'), "no metric 'dice'; it has accuracy, valid_loss"), (dict(methods=['sofd']), 'did you mean soft'),
+    (dict(better='Lower'), "'higher' or 'lower'"), (dict(test=[1]), '`test` must be'), (dict(executor='x'), 'process of its own'),
+    (dict(fit=lambda learn, epochs, lr, cbs: learn.fit(epochs, lr)), 'pass them on'), (dict(seeds=[[1]]), 'each once'), (dict(views=0), 'whole number'),
     (dict(seeds=0), '1 or more'), (dict(epochs=0), '1 or more'), (dict(methods=['none','attention']), 'attention: Attention compares'), (dict(out='/proc/nope'), 'cannot be written')])
 def test_what_cannot_work_is_one_sentence_before_anything_is_trained(kwargs, words, teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(C, 'train', lambda *a, **k: pytest.fail('there was a training'))
     with pytest.raises(ValueError, match=words) as e: run(teacher, **{'out': tmp_path, **kwargs})
     assert '\n' not in str(e.value)
+
+@pytest.mark.parametrize('teacher', [None, 'resnet34', nn.Linear, []])
+def test_what_cannot_teach_is_one_sentence(teacher, tmp_path):
+    with pytest.raises(ValueError) as e: run(teacher, out=tmp_path)
+    assert '\n' not in str(e.value)
+
+def test_a_learner_without_a_validation_set_is_refused(teacher, tmp_path):
+    data = DataLoaders(dls.train, device=torch.device('cpu'))
+    with pytest.raises(ValueError, match='no validation set'): compare(lambda: Learner(data, net(), CrossEntropyLossFlat()), teacher, out=tmp_path, show=False)
 
 def test_a_teacher_of_other_classes_is_refused(tmp_path):
     with pytest.raises(ValueError, match='soft: .*5'): run(net(8, 5), out=tmp_path)

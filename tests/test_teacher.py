@@ -218,6 +218,11 @@ def test_a_layer_that_joins_is_asked_once_more():
     assert 24 <= model.rows - before <= 24 + 20
     assert [*teacher.cache.stores] == ['net.conv2'] and len(teacher.cache.store('net.conv2')) == 24
 
+def test_inputs_of_another_shape_or_type_have_other_keys():
+    "also of the same bytes, or padded with zeros"
+    xs = torch.ones(1,2,8),torch.ones(1,8,2),torch.ones(1,16),torch.tensor([[1.]]),torch.tensor([[1.,0.]]),torch.ones(1,16).view(torch.int32)
+    assert len({row_keys(x).item() for x in xs}) == len(xs)
+
 def test_what_takes_too_much_room_is_refused():
     "before it is written"
     tiny = Cache(max_gb=1e-6)

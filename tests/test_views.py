@@ -3,7 +3,7 @@ import random, warnings
 import numpy as np, pytest, torch
 from torch import nn
 from torch.utils.data import TensorDataset
-from fastai.vision.all import (Callback, CategoryBlock, CrossEntropyLossFlat, CutMix, DataBlock, DataLoader, DataLoaders, ImageBlock, IndexSplitter, ItemGetter, Learner,
+from fastai.vision.all import (Callback, CancelBatchException, CategoryBlock, CrossEntropyLossFlat, CutMix, DataBlock, DataLoader, DataLoaders, ImageBlock, IndexSplitter, ItemGetter, Learner,
                                MixUp, RandomResizedCrop, Resize, WeightedDL, accuracy, aug_transforms, set_seed)
 from fastai.callback.data import WeightedDL
 from fastkd.all import Attention, Cache, FitNet, KnowledgeDistillationCallback as KD, SoftTarget, Teacher, Views
@@ -146,6 +146,17 @@ def test_what_cannot_repeat_is_told_and_never_wrong():
     with learn.no_bar(), learn.no_logging(), pytest.warns(UserWarning, match='saw 2 epochs ago, but 100% of its inputs were new') as got: learn.fit(4, 1e-3, cbs=[kd, watch])
     assert len([w for w in got if 'were new' in str(w.message)]) == 1 and watch.asked[1:] == [24]*3
 
+def test_processes_share_the_order_and_draw_for_themselves(monkeypatch):
+    "of a distributed fit"
+    plain = DataLoaders(DataLoader(rows(), bs=8, shuffle=True, num_workers=0), DataLoader(rows(), bs=8, num_workers=0), device='cpu')
+    class Noise(Callback):
+        def before_batch(self): self.learn.xb = (self.x + torch.rand(1),)
+    seen = {}
+    for rank in 0,1:
+        monkeypatch.setattr('fastkd.views.rank_distrib', lambda: rank)
+        seen[rank] = [fitted(plain, 1, [Views(2), *noise]).seen for noise in ([], [Noise()])]
+    assert seen[0][0] == seen[1][0] and seen[0][1] != seen[1][1]
+
 def test_an_error_leaves_no_views_behind():
     class Broken(Callback):
         def after_pred(self):
@@ -155,6 +166,34 @@ def test_an_error_leaves_no_views_behind():
     before = [type(cb) for cb in learn.cbs]
     with pytest.raises(ZeroDivisionError), learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-3, cbs=[KD(Teacher(Counting(), cache=Cache(views=2)), SoftTarget), Broken()])
     assert {type(cb) for cb in learn.cbs} == set(before)
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt, ZeroDivisionError])
+def test_the_next_plain_fit_is_as_if_there_had_been_none(error):
+    "after views whose fit was interrupted"
+    class Broken(Callback):
+        def after_pred(self):
+            if self.training and self.iter == 1: raise error('on the way')
+    learns = [Learner(photographs(), student(.2), CrossEntropyLossFlat()) for _ in range(2)]
+    learns[1].model.load_state_dict(learns[0].model.state_dict())
+    with pytest.raises(error), learns[1].no_bar(), learns[1].no_logging(): learns[1].fit(2, 0., cbs=[Views(2), Broken()])
+    seen = []
+    for learn in learns:
+        learn.fit  # both from the same streams
+        set_seed(2)
+        learn.dls.train.rng = random.Random(2)
+        watch = Watch()
+        with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-3, cbs=watch)
+        seen.append(watch.seen)
+        assert not any(type(cb).__name__ == '_Drawn' for cb in learn.cbs)
+    assert seen[0] == seen[1]
+
+def test_a_cancelled_batch_does_not_give_the_students_draws_again():
+    class Cancels(Callback):
+        order = 5
+        def before_batch(self):
+            if self.training and self.iter == 1: raise CancelBatchException
+    watch = fitted(photographs(), 4, [Views(2), Cancels()])
+    assert len(set(watch.drawn)) == len(watch.drawn) == 4*2
 
 @pytest.mark.parametrize('n', [0, -1, 1.5, '8', True])
 def test_a_number_of_views_that_is_none(n):

@@ -5,13 +5,15 @@
 # %% ../../nbs/06d_compare.ipynb #cmp00004
 from __future__ import annotations
 import copy, numbers, re, shutil, sys, time, warnings
-from concurrent.futures import as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from contextlib import ExitStack
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 import torch
 from fastcore.basics import IN_NOTEBOOK, patch
-from fastai.basics import Callback, Learner, apply, default_device, no_random
+from fastai.basics import Callback, DataLoaders, Learner, apply, default_device, no_random
 from fastai.callback import schedule as _schedule  # `fit_one_cycle`
 from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import SchedNo
@@ -29,8 +31,8 @@ from .reports import Runs, Scale
 from .training import checksum, new_learner, recipe_learner, run_fit, teacher_file, train, trained_teacher, try_batch
 
 # %% auto #0
-__all__ = ['Experiment', 'RecipeExperiment', 'one_line', 'check_make_student', 'Progress', 'one_run', 'checked_seeds', 'compare',
-           'run_recipe']
+__all__ = ['Experiment', 'RecipeExperiment', 'one_line', 'check_make_student', 'check_teacher', 'check_test', 'Progress',
+           'one_run', 'checked_seeds', 'compare', 'run_recipe']
 
 # %% ../../nbs/06d_compare.ipynb #cmp00007
 @dataclass(eq=False)
@@ -92,6 +94,7 @@ class Experiment:
     def epochs_of(self, method): return method.epochs or self.epochs
     def measured_on(self, learn): return learn.dls.valid if self.test is None else self.test
     def callbacks(self): return []
+    tried_with = 0  # the seed whose views a first batch is of
     def teacher_for(self, method, seed): return self.with_views(self.teacher, seed)
     def prepare(self, tick): "A trained teacher needs no preparation."
 
@@ -101,36 +104,56 @@ class Experiment:
 
 # %% ../../nbs/06d_compare.ipynb #cmp00041
 def _summary(o):
-    "Shape, mean and standard deviation of a tensor, by which two batches are told apart"
-    o = o.detach().float()
-    return [list(o.shape), *(f'{float(v):.4g}' for v in (o.mean(), o.std(correction=0)))] if o.numel() else [list(o.shape)]
+    "What tells two tensors apart, and survives rounding: whole numbers exactly, of others the mean and the standard deviation"
+    o = o.detach().cpu()
+    if not o.is_floating_point(): return [list(o.shape), checksum({'': torch.as_tensor(o).as_subclass(torch.Tensor)})]
+    return [list(o.shape), *(f'{float(v):.4g}' for v in (o.float().mean(), o.float().std(correction=0)))] if o.numel() else [list(o.shape)]
 
-def _batch_summary(dl):
-    "What the first batch of a loader holds, as plain data"
-    with rewound(dl):
-        batch = next(iter(dl), ())
-    return apply(lambda o: _summary(o) if isinstance(o, torch.Tensor) else str(type(o)), batch)
+def _batch_summaries(dl, n=None):
+    "What the batches of a loader hold, the first `n` or all of an epoch"
+    def one(o): return _summary(o) if isinstance(o, torch.Tensor) else str(type(o))
+    with rewound(dl): return [apply(one, batch) for batch in islice(iter(dl), n)]
 
 def _plain(o):
     "The contents of a function or an object as text, else its name"
     try: return re.sub(' at 0x[0-9a-f]+', '', contents(o))
     except Exception: return getattr(o, '__qualname__', type(o).__qualname__)
 
-def _settings_of(cb):
-    "A callback and those of its settings that are plain"
-    return [type(cb).__name__, {k: v for k,v in vars(cb).items() if isinstance(v, (bool,int,float,str)) and k not in ('run','name')}]
+def _settings_of(o, left_out=()):
+    "An object and what it holds, without learners, data and models"
+    big = Learner,DataLoaders,torch.nn.Module
+    held = {k: _plain(v) for k,v in vars(o).items() if k not in ('learn','run',*left_out) and not k.startswith('_') and not isinstance(v, big)}
+    return [_plain(type(o)), held]
+
+def _metric(m):
+    "A metric and its settings, without what it has counted"
+    m = copy.deepcopy(m)
+    m.reset()
+    return _settings_of(m)
+
+def _layers_of(model):
+    "The layers of a model with their settings, and which of their parameters are trained"
+    state = '_parameters','_buffers','_modules','training'
+    return [[name, _settings_of(m, state), [p.requires_grad for p in m._parameters.values() if p is not None]] for name,m in model.named_modules()]
 
 @patch(as_prop=True)
 def common(self:Experiment) -> dict:
-    "What students of all methods and seeds have in common, as plain data"
+    "What students of all methods and seeds have in common, as plain data; warns of loaders that equal seeds do not repeat"
     learn = self.sample
-    with no_random(reproducible=False):
+    train,*others = [learn.dls.train, learn.dls.valid, *([self.test] if self.test is not None else [])]
+    def again(n=None):
         new_learner(lambda: learn, 0)  # its loaders start again
-        batches = [_batch_summary(dl) for dl in (learn.dls.train, learn.dls.valid, *([self.test] if self.test is not None else []))]
-    return dict(student=model_layout(lambda: learn.model), weights=checksum(learn.model.state_dict()), batches=batches, loss=_plain(learn.loss_func),
-        optimizer=_plain(learn.opt_func), rates=[str(o) for o in (learn.lr, learn.wd, learn.moms, learn.wd_bn_bias, learn.train_bn)],
-        callbacks=[_settings_of(cb) for cb in learn.cbs], epochs=self.epochs, lr=str(self.lr), fit=getattr(self.fit, '__qualname__', _plain(self.fit)), **(dict(views=self.views) if self.views else {}),
-        metric=self.scale.metric, layers=self.layers, sizes=self.sizes)
+        return _batch_summaries(train, n)
+    with no_random(reproducible=False):
+        batches = [again(), *map(_batch_summaries, others)]
+        if again(1) != batches[0][:1]:
+            warnings.warn("The training loader does not repeat its batches for equal seeds (it shuffles its items in place, or draws from a stream of its own): "
+                          "make the loaders in `make_student`, or seeds say little.")
+    return dict(student=model_layout(lambda: learn.model), weights=checksum(learn.model.state_dict()), layers_=fingerprint(_layers_of(learn.model)),
+        batches=fingerprint(batches), loss=_plain(learn.loss_func), optimizer=_plain(learn.opt_func),
+        rates=[str(o) for o in (learn.lr, learn.wd, learn.moms, learn.wd_bn_bias, learn.train_bn)],
+        callbacks=[_settings_of(cb) for cb in learn.cbs], epochs=self.epochs, lr=str(self.lr), fit=_plain(self.fit), **(dict(views=self.views) if self.views else {}),
+        metric=[self.scale.metric, self.scale.sign, *[_metric(m) for m in learn.metrics if m.name == self.scale.metric]], layers=_plain(self.layers), sizes=self.sizes)
 
 @patch(as_prop=True)
 def sizes(self:Experiment) -> list:
@@ -143,10 +166,11 @@ def _models(teacher): return KnowledgeDistillationCallback(teacher).teacher.mode
 
 @patch
 def teacher_checksum(self:Experiment) -> str:
-    "Identifies the teacher."
-    settings = repr(self.teacher) if isinstance(self.teacher, Teacher) else ''
-    parts = [checksum(m.state_dict()) if isinstance(m, torch.nn.Module) else _plain(m) for m in _models(self.teacher)]
-    return fingerprint([re.sub(r'cache=[^,)]*', '', settings), *parts])
+    "Identifies the teacher: its weights, what its layers do, and how it is run."
+    teacher = self.teacher if isinstance(self.teacher, Teacher) else Teacher(self.teacher)
+    parts = [[checksum(m.state_dict()), _layers_of(m)] if isinstance(m, torch.nn.Module) else _plain(m) for m in teacher.models]
+    how = [_plain(getattr(teacher, k)) for k in ('dtype','inputs','outputs','vocab','normalize','probs')]
+    return fingerprint([parts, how, *[str(teacher.knowledge(i)) for i in range(len(teacher.models))]])
 
 @patch
 def teacher_value(self:Experiment) -> float|None:
@@ -157,6 +181,7 @@ def teacher_value(self:Experiment) -> float|None:
         try: values = KnowledgeDistillationCallback(self.teacher).teacher_metrics(learn, self.measured_on(learn))
         except Exception: return None
         value = values.get({'valid_loss': 'loss'}.get(self.scale.metric, self.scale.metric))
+        if value is None: return None  # a metric that compares with the teacher
         untrained = dict(zip(['valid_loss', *learn.metrics.attrgot('name')], learn.validate(dl=self.measured_on(learn))))[self.scale.metric]
     self.refuse_no_teacher(value, untrained)
     return float(value)
@@ -185,6 +210,8 @@ class RecipeExperiment(Experiment):
         fit = recipe.student_fit
         super().__init__(self.student, None, results, fit.epochs, layers=recipe.layers, metric='accuracy', statistics=statistics, views=views)
         self.callbacks()  # raises now if they cannot be made
+
+    tried_with = None  # the teacher is not trained yet
 
     @cached_property
     def dls(self): return self.parts.dls(self.recipe.student_fit.bs, self.device, self.recipe.student_augment)
@@ -349,7 +376,7 @@ def try_method(self:Experiment, method):
     try:
         for i in range(11 if method.objective else 0): method.objective.at(i/10, self.epochs_of(method))
         learn = self.student_for(method, 0)
-        try_batch(learn, self.fit_for(method), [self.callback_for(replace(method, schedule=SchedNo(1, 1))), *self.callbacks_for(method)])
+        try_batch(learn, self.fit_for(method), [self.callback_for(replace(method, schedule=SchedNo(1, 1)), self.tried_with), *self.callbacks_for(method)])
     except Exception as e: raise ValueError(f"{method.name}: {_sentence(e, method)}") from e
 
 @patch
@@ -374,6 +401,23 @@ def check_make_student(
     if not isinstance(a, Learner): raise ValueError(f"`make_student` must return a new `Learner`, such as {example}; it returned {type(a).__name__}.")
     if {id(p) for p in a.model.parameters()} & {id(p) for p in b.model.parameters()} or a is b:
         raise ValueError("`make_student` returned the same model twice; let it make a new one in each call, because each run trains its own.")
+    if len(getattr(a.dls, 'loaders', [])) < 2 or not len(a.dls.valid): raise ValueError("The student's learner has no validation set, by which its epochs are measured.")
+
+def check_teacher(
+    teacher # What was given as the teacher
+):
+    "Raise `ValueError` for what cannot teach."
+    try: _models(teacher)
+    except TypeError as e: raise ValueError(one_line(e).removeprefix('TypeError: ')) from e
+
+def check_test(
+    test # What was given as `test`
+):
+    "Raise `ValueError` unless it is a loader of batches with labels."
+    try:
+        with rewound(test): labeled = test is None or len(next(iter(test))) > 1
+    except (TypeError,StopIteration,AttributeError): labeled = False
+    if not labeled: raise ValueError("`test` must be a `DataLoader` with labels, such as `dls.test_dl(files, with_labels=True)`, and hold at least one batch.")
 
 # %% ../../nbs/06d_compare.ipynb #cmp00023
 def _duration(seconds):
@@ -479,20 +523,24 @@ def one_run(experiment, method, seed):
 
 @patch
 def run_elsewhere(self:Experiment, todo, executor, progress) -> dict:
-    "Make the runs with an executor"
-    done,futures = {},{executor.submit(one_run, self, m, seed): (m,seed) for m,seed in todo}
-    try:
-        for future in as_completed(futures):
-            m,seed = futures[future]
-            progress.begin(f'{m.name}, seed {seed}', len(done)+1, self.epochs_of(m))
-            self.results.append(run := future.result())
-            progress.done += self.epochs_of(m)
-            done[m.name,seed] = run
-            progress.end(f'{self.scale.metric} {self.scale.text(run.value)}')
-    except BaseException:
-        for future in futures: future.cancel()
-        raise
-    return done
+    "Make the runs with an executor; those that other processes make are waited for"
+    done,futures = {},{}
+    with ExitStack() as claims:
+        mine = [(m,s) for m,s in todo if claims.enter_context(self.results.claim(self.comparison, m.name, s)) and not self.finished([m]).get((m.name,s))]
+        try:
+            futures = {executor.submit(one_run, self, m, seed): (m,seed) for m,seed in mine}
+            for future in as_completed(futures):
+                m,seed = futures[future]
+                progress.begin(f'{m.name}, seed {seed}', len(done)+1, self.epochs_of(m))
+                self.results.append(run := future.result())
+                progress.done += self.epochs_of(m)
+                done[m.name,seed] = run
+                progress.end(f'{self.scale.metric} {self.scale.text(run.value)}')
+        except BaseException:
+            for future in futures: future.cancel()
+            raise
+    rest = [(m,s) for m,s in todo if (m.name,s) not in done]
+    return done | (self.run_here(rest, progress) if rest else {})
 
 # %% ../../nbs/06d_compare.ipynb #cmp00027
 def _device(name):
@@ -513,7 +561,7 @@ def checked_seeds(
         if checked_count(seeds, 'seeds') > 10_000: raise ValueError(f"The number of seeds must be at most 10,000, got {seeds}.")
         return list(range(seeds))
     each = list(seeds) if isinstance(seeds, (list,tuple,range)) else []
-    if not each or len(set(each)) < len(each) or not all(isinstance(s, numbers.Integral) and 0 <= s < 2**32 for s in each):
+    if not each or not all(isinstance(s, numbers.Integral) and 0 <= s < 2**32 for s in each) or len(set(each)) < len(each):
         raise ValueError(f"Give a number of seeds, or a list of non-negative whole numbers, each once; got {seeds!r}.")
     return [int(s) for s in each]
 
@@ -570,8 +618,12 @@ def compare(
     cannot be used."""
     methods,seeds,epochs = as_methods(list(methods) if isinstance(methods, tuple) else methods),checked_seeds(seeds),checked_count(epochs, 'epochs')
     check_make_student(make_student)
-    e = Experiment(make_student, teacher, Results(Path(out)/'results.jsonl'), epochs, lr, fit, test, metric, better, layers, name, views=views)
+    check_teacher(teacher)
+    check_test(test)
+    e = Experiment(make_student, teacher, Results(Path(out or 'runs/compare')/'results.jsonl'), epochs, None if lr is None else float(lr) if isinstance(lr, numbers.Real) else lr, fit, test, metric, better, layers, str(name), views=None if views is None else Views(views).n)
     e.scale  # raises for a metric that there is not
+    if executor is not None and (isinstance(executor, ThreadPoolExecutor) or not hasattr(executor, 'submit')):
+        raise ValueError("`executor` must run each call in a process of its own (threads would share one random stream), such as Dask's `client.get_executor()`.")
     return e.carry_out(methods, seeds, show, executor)
 
 def run_recipe(

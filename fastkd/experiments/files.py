@@ -89,14 +89,15 @@ def read_experiment(
     "The file as a module. Raises `ValueError` if it lacks a function that is needed, or a name of `settings`."
     path,settings = Path(path),settings or {}
     try: tree = ast.parse(path.read_text(encoding='utf-8'), str(path))
+    except SyntaxError as e: raise ValueError(f"{path}, line {e.lineno}: {e.msg}.") from None
     except OSError as e: raise ValueError(f"{path} cannot be read ({e.strerror}); `fastkd new {path}` writes an experiment that runs as it stands.") from None
     assigned = {n.id: a for a in tree.body if isinstance(a, ast.Assign) for n in a.targets if isinstance(n, ast.Name)}
     for name,value in settings.items():
         if name not in assigned: raise ValueError(f"{path} has no setting {name!r}; it has {', '.join(assigned) or 'none'}.")
         assigned[name].value = ast.copy_location(ast.parse(repr(value), mode='eval').body, assigned[name].value)
-    module = ModuleType(path.stem)
+    module = ModuleType(f'experiment_{path.stem}')  # a file may be called like a package
     module.__file__ = str(path.resolve())
-    sys.modules[path.stem] = module  # what is defined in it can be pickled
+    sys.modules[module.__name__] = module  # what is defined in it can be pickled
     exec(compile(ast.fix_missing_locations(tree), str(path), 'exec'), vars(module))
     missing = next((f for f in ('make_teacher','make_student') if not callable(getattr(module, f, None))), None)
     if missing: raise ValueError(f"{path} has no function `{missing}()`; see what `fastkd new` writes.")

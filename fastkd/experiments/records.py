@@ -208,7 +208,7 @@ def same_settings(
     "Do these recorded settings agree, as far as they can be compared?"
     def equal(xs): return len({json.dumps(x, sort_keys=True) for x in xs}) < 2
     losses = [s.get('loss', []) for s in settings]
-    numbers = [[s.get(k) for k in ('weight','label_weight','epochs')] for s in settings]
+    numbers = [[s.get(k) for k in ('weight','label_weight','epochs','mixup','init')] for s in settings]
     texts = [l for l in losses if l and isinstance(l[0], str)]
     objects = [s for s,l in zip(settings, losses) if l and not isinstance(l[0], str)]
     return equal(numbers) and equal(texts) and equal(objects)

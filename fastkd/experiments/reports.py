@@ -17,12 +17,13 @@ __all__ = ['paired', 'holm', 'lower_is_better', 'Scale', 'table', 'markdown', 'p
 
 # %% ../../nbs/06e_reports.ipynb #rep00012
 def paired(
-    differences # One difference for each seed
+    differences, # One difference for each seed
+    step:float=1e-4 # Differences that vary by less than this are equal
 ) -> tuple:
     "Mean, 95 % t-interval (low, high) and p-value of paired differences (points). Interval and p are NaN for a single difference, and if all are equal."
     d = np.asarray(differences, dtype=float)
     # accuracies come in steps, so equal differences are chance, not certainty
-    if len(d) < 2 or np.ptp(d) < 1e-4: return d.mean() if len(d) else np.nan, np.nan, np.nan, np.nan
+    if len(d) < 2 or np.ptp(d) < step: return d.mean() if len(d) else np.nan, np.nan, np.nan, np.nan
     t = stats.ttest_1samp(d, 0.)
     low,high = t.confidence_interval(0.95)
     return d.mean(), low, high, t.pvalue
@@ -43,7 +44,7 @@ def lower_is_better(
     metric:str # Name of a metric
 ) -> bool:
     "Is less of it better? Known of losses and errors."
-    return bool(re.search('loss|error|mse|mae|msle|rmspe|perplexity|hamming', metric.lower()))
+    return bool(re.search(r'loss|error|mse|mae|msle|rmspe|perplexity|hamming|brier|(^|_)(nll|ece|kl)($|_)', metric.lower()))
 
 class Scale:
     "How the values of a metric are shown: what they are multiplied by, their unit, and their sign where less is better."
@@ -51,6 +52,7 @@ class Scale:
         metric:str='accuracy', # Its name
         better:str=None # 'higher' or 'lower'
     ):
+        if better not in (None,'higher','lower'): raise ValueError(f"`better` is 'higher' or 'lower', got {better!r}.")
         self.metric,self.sign = metric,-1 if (better or ('lower' if lower_is_better(metric) else 'higher')) == 'lower' else 1
         share = re.search('acc|error_rate', metric)
         self.by,self.unit,self.points = (100,' %','points') if share else (1,'',metric)
@@ -92,8 +94,9 @@ def _check_comparable(runs):
 def _against(g, base, teacher, scale):
     "The columns of the table that compare the runs `g` of a method with those of the baseline, with the same seeds"
     seeds = base.index.intersection(g.index)
-    mean,low,high,p = paired((scale.by*(g[scale.metric][seeds] - base[scale.metric][seeds])).dropna())
-    gap = teacher - scale.by*base[scale.metric][seeds].mean()
+    differences = (scale.by*(g[scale.metric][seeds] - base[scale.metric][seeds])).dropna()
+    mean,low,high,p = paired(differences, 1e-4 if scale.by == 100 else 1e-9*base[scale.metric].abs().max())
+    gap,seeds = teacher - scale.by*base[scale.metric][seeds].mean(),differences.index
     time = np.mean([np.mean(g.seconds[s])/np.mean(base.seconds[s]) for s in seeds if len(g.seconds[s]) and len(base.seconds[s])] or [np.nan])
     return dict(pairs=len(seeds), difference=mean, low=low, high=high, p=p, closed=100*mean/gap if gap*scale.sign > 0 else np.nan, time=time)
 
@@ -195,7 +198,7 @@ def caption(
     # in a run of an earlier version `bf16`, `augmented` and `callbacks` may be missing, or NaN beside other runs
     def known(k): return v if isinstance(v := r.get(k), (bool,np.bool_,list)) else []
     extras = ''.join(f', {e}' for e in [*['augmented']*bool(known('augmented')), *known('callbacks')])
-    rows = (f'{n_test:,} validation rows (who chooses a method by them finds its figures too good)' if r.get('on') == 'validation' else
+    rows = (f'{n_test:,} validation rows (too good for a method that is chosen by them: measure it on rows of its own, `test=`)' if r.get('on') == 'validation' else
             f'{n_test:,} test rows that trained no model and chose no setting')
     teacher = f", teacher for {r.teacher_fit['epochs']} on the same" if r.teacher_fit else ''
     seeds = f'mean ± standard deviation over {_seeds(runs)}, differences within seeds' if runs.seed.nunique() > 1 else 'one seed, so there is no interval'

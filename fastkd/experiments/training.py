@@ -4,7 +4,7 @@
 
 # %% ../../nbs/06c_training.ipynb #trn00004
 from __future__ import annotations
-import hashlib, json, math, os, random, time, warnings
+import hashlib, json, math, os, time, warnings
 from functools import partial
 from pathlib import Path
 import torch
@@ -15,6 +15,7 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
 from fastai.optimizer import Adam
 from ..session import autocast_left
+from ..views import seed_loader
 from .recipes import Fit, Recipe
 from .records import Results, fingerprint
 
@@ -41,7 +42,7 @@ class Clock(Callback):
         self.seconds.append(round(wall, 4))
         self.cpu_seconds.append(round(cpu, 4))
     def after_epoch(self):
-        columns = zip(self.recorder.metric_names[1:], self.recorder.log[1:])
+        columns = reversed([*zip(self.recorder.metric_names[1:], self.recorder.log[1:])])  # of several metrics of one name the first counts
         self.rows.append({name: json_number(v) for name,v in columns if name != 'time'})
         self.tick(self.rows[-1])
 
@@ -84,10 +85,7 @@ def new_learner(
     "A new `Learner`; equal seeds give equal weights and equal batches, whatever ran before."
     set_seed(seed)
     learn = make()
-    for dl in getattr(learn.dls, 'loaders', []):
-        if hasattr(dl, 'rng'): dl.rng = random.Random(seed)  # fastai's
-        for o in (dl, getattr(dl, 'sampler', None)):  # PyTorch's
-            if isinstance(generator := getattr(o, 'generator', None), torch.Generator): generator.manual_seed(seed)
+    for dl in getattr(learn.dls, 'loaders', []): seed_loader(dl, seed)
     return learn
 
 # %% ../../nbs/06c_training.ipynb #trn00020
@@ -105,15 +103,17 @@ def train(
         fit(learn, [cb for cb in (clock,watch,*cbs) if cb])
         values = learn.validate(dl=dl)
     names = dict.fromkeys(k for row in clock.rows for k in row)
-    return dict(values=dict(zip(['valid_loss', *learn.metrics.attrgot('name')], [json_number(v) for v in values])),
+    return dict(values=dict(reversed([*zip(['valid_loss', *learn.metrics.attrgot('name')], map(json_number, values))])),
         parameters=sum(p.numel() for p in learn.model.parameters()), log={k: [row.get(k) for row in clock.rows] for k in names},
         seconds=clock.seconds, cpu_seconds=clock.cpu_seconds, **(dict(statistics=watch.kept) if watch else {}))
 
 # %% ../../nbs/06c_training.ipynb #trn00031
 class FirstBatch(Callback):
     "Ends a fit after its first batch of training and its first of validation."
-    order = 100
-    def after_batch(self): raise CancelTrainException if self.training else CancelValidException
+    order,called = 100,False
+    def after_batch(self):
+        self.called = True
+        raise CancelTrainException if self.training else CancelValidException
     def after_epoch(self): raise CancelFitException
 
 def try_batch(
@@ -122,7 +122,9 @@ def try_batch(
     cbs:tuple=() # Further callbacks
 ):
     "Train and validate one batch. Raises whatever a real training would raise."
-    with learn.no_bar(), learn.no_logging(), autocast_left(learn.cbs): fit(learn, [FirstBatch(), *(cb for cb in cbs if cb)])
+    first = FirstBatch()
+    with learn.no_bar(), learn.no_logging(), autocast_left(learn.cbs): fit(learn, [first, *(cb for cb in cbs if cb)])
+    if not first.called: raise ValueError("`fit` trains without the callbacks that it gets: pass them on, `learn.fit_one_cycle(epochs, lr, cbs=cbs)`.")
 
 # %% ../../nbs/06c_training.ipynb #trn00033
 def recipe_learner(

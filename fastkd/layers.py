@@ -56,21 +56,21 @@ def layer_name(
 ) -> str:
     "The name of a layer that is given by its name or as a module. Raises `TypeError` for anything else."
     if isinstance(layer, str): return layer
-    known = next((n for n,l in named_layers(model) if l is layer), None)
+    known = next((n for n,l in (('', unwrap(model)), *named_layers(model)) if l is layer), None)
     if known is None: raise TypeError(f"Layers are given by name (see `get_model_layers`) or as modules of the {role}, got {type(layer).__name__} {layer!r}.")
     return known
 
 # %% ../nbs/01_layers.ipynb #7be6b73b
 def find_layer(
     model, # A model or a `Learner`
-    name:str, # Dotted name of a layer, or the layer itself
+    name:str, # Dotted name of a layer, or the layer itself; '' is the whole model
     role:str='model', # What an error calls the model, e.g. 'student'
     xb=None # Inputs, if at hand: an error then shows the output shapes of the nearest layers
 ) -> nn.Module:
     "The layer of `model` called `name`. Raises `ValueError` listing the nearest names if there is none, `TypeError` if `name` is neither a name nor a layer of the model."
     layers = dict(named_layers(model))
     name = layer_name(model, name, role)
-    if name in layers: return layers[name]
+    if name == '' or name in layers: return layers.get(name, unwrap(model))
     shapes = {} if xb is None else {r.name: r.shape for r in trace(model, xb).runs}
     near = difflib.get_close_matches(name, layers, n=5, cutoff=0.3) or list(layers)[:5]
     near = [repr(n) + (f' {shapes.get(n) or "(does not run)"}' if shapes else '') for n in near]
@@ -421,11 +421,12 @@ def find_layouts(
     model, # A model or a `Learner`
     xb # Inputs: a tensor, or a tuple of tensors for a model with several inputs
 ) -> dict:
-    """The `Layout` of the output of each layer that runs on `xb`, by name.
+    """The `Layout` of the output of each layer that runs on `xb`, by name; of the whole model under ''.
 
     It is `None` if there is not one row of channels for each example, or if it is unknown which axis holds the channels: the user must say so."""
-    runs = {r.layer: r for r in trace(model, xb).runs}
-    return {name: runs[layer].layout for name,layer in named_layers(model) if layer in runs}
+    found = trace(model, xb)
+    runs = {r.layer: r for r in found.runs}
+    return {'': found.root.layout} | {name: runs[layer].layout for name,layer in named_layers(model) if layer in runs}
 
 def layout_error(
     name:str, # Of a layer without a known layout

@@ -187,6 +187,7 @@ def total(self:Objective,
 @patch
 def warn_of_weights(self:Objective):
     "Warn of weights that hardly distill"
+    if self.label_weight == 0 and len(self.terms) == 1: return  # nothing outweighs it
     for t in self.terms:
         paper = t.loss.paper and t.loss.paper[1]
         if paper and 0 < t.weight < paper/10:

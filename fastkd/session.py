@@ -274,7 +274,7 @@ def all_pairs(self:Session) -> list: return list(dict.fromkeys(p for pairs in (s
 def describe(self:Session) -> str:
     "What this fit does, in a line or two"
     text = f'Distilling {described(unwrap(self.model))}, from {self.teacher}: {self.objective}'
-    shown = {t: ', '.join(f'{a} ~ {b}' for a,b in pairs) for t,pairs in (self.pairs or {}).items()}
+    shown = {t: ', '.join(' ~ '.join(n or 'output' for n in pair) for pair in pairs) for t,pairs in (self.pairs or {}).items()}
     same = len(set(shown.values())) == 1
     notes = [f"layers {'' if same else f'of {t.loss.name} '}{text}" for t,text in [*shown.items()][:1 if same else None]]
     task = self.task
@@ -336,14 +336,18 @@ def before_batch(self:Session):
     if self.pairs is None and self.objective.weight: self.prepare()
     if not self.weights.terms: return
     self.loss_params.join(learn.opt)
-    terms = self.weights.terms if self.task is not None else self.objective.active
+    self.run_teacher(self.weights.terms if self.task is not None else self.objective.active)
+
+@patch
+def run_teacher(self:Session, terms):
+    "Hook the student, and run the teacher on the present batch, as far as `terms` need them"
     features,logits = any(t.needs_features for t in terms),any(t.needs_logits for t in terms)
     if features:
         # grids of tokens depend on the size of the inputs
         if self.layout_shapes != self.input_shapes() and any(l and l.grid for ls in self.layouts for l in ls.values()): self.update_layouts()
         self.student_hooks.__enter__()
     layers = tuple(dict.fromkeys(t for _,t in self.all_pairs)) if features else ()
-    if features or logits: self.output = self.teacher.run(*learn.xb, layers=layers, logits=logits)
+    if features or logits: self.output = self.teacher.run(*self.xb, layers=layers, logits=logits)
 
 @patch
 def unhook(self:Session):

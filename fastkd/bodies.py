@@ -57,7 +57,8 @@ def make_body(body, xb):
         return timm.create_model(body, pretrained=False, num_classes=0, in_chans=channels)
     if not makes_models(body): raise TypeError(f"A body is an `nn.Module`, a function that makes a model such as `resnet18`, or a name of timm's, got {body!r}.")
     from fastai.vision.learner import create_body, model_meta
-    return create_body(body(), n_in=channels, pretrained=False, cut=model_meta.get(body, {}).get('cut'))
+    try: return create_body(body(), n_in=channels, pretrained=False, cut=model_meta.get(body, {}).get('cut'))
+    except StopIteration: raise ValueError(f"{body.__name__} has no pooling layer that tells where its body ends: give a module that returns features.") from None
 
 # %% ../nbs/09_bodies.ipynb #bod00013
 class Features(nn.Module):
@@ -137,9 +138,10 @@ not_exported.append(ValidationLoss)
 
 # %% ../nbs/09_bodies.ipynb #bod00017
 def body_losses(loss):
-    "The losses in `loss`. Raises `ValueError` for one that needs more than activations"
+    "The losses in `loss`. Raises `ValueError` for one that needs more than activations, or names layers of its own"
     losses = [as_loss(o) for o in (loss if isinstance(loss, (list,tuple,L)) else [loss])]
     for l in losses:
+        if l.layers: raise ValueError(f"The loss {l.name} names layers of its own: name them for all losses, `distill_learner(..., layers={l.layers!r})`.")
         if l.needs_features and not l.needs_logits and not l.needs_labels and 'pred' not in l.needs: continue
         raise ValueError(f"The loss {l.name} does not compare activations, and a body has nothing else to compare: use one such as `Cosine`, `FitNet` or `RKD`.")
     return losses

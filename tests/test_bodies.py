@@ -173,6 +173,16 @@ def test_losses_on_vectors(loss, recwarn):
     learn.fit(1)
     assert all(v == v for v in learn.recorder.values[-1]) and not [w for w in recwarn if 'weight' in str(w.message)]
 
+def test_lr_find_and_a_second_fit():
+    learn = distilled(teacher=backbone(width=6, seed=7))
+    before = weights(learn.model)
+    learn.lr_find(num_it=5, show_plot=False)
+    assert same(weights(learn.model), before)
+    learn.fit(1)
+    first = copy.deepcopy(learn.body_distillation.state_dict()['losses']['kd_loss'])
+    learn.fit(1, lr=0.)
+    assert same(first, learn.body_distillation.state_dict()['losses']['kd_loss'])  # the projection goes on
+
 @pytest.mark.parametrize('cb', [MixUp, partial(GradientAccumulation, 16)])
 def test_callbacks(cb):
     learn = distilled(cbs=cb())
@@ -306,12 +316,16 @@ def test_a_body_with_a_head_is_fine_tuned():
 
 # --- refusals ------------------------------------------------------------------------------------------------------
 
+def no_pool(pretrained=False): return nn.Sequential(nn.Conv2d(3,4,3), nn.ReLU())
+
 class Maps(nn.Module):
     def forward(self, x): return {'features': x}
 
 @pytest.mark.parametrize('kwargs,error,says', [
     (dict(loss=SoftTarget), ValueError, 'The loss SoftTarget does not compare activations'),
     (dict(loss=[Cosine, Logits]), ValueError, 'The loss Logits does not compare activations'),
+    (dict(loss=RKD(layers={'1': '1'})), ValueError, r"`distill_learner\(..., layers=\{'1': '1'\}\)`"),
+    (dict(body=no_pool), ValueError, 'no_pool has no pooling layer'),
     (dict(body=3), TypeError, 'A body is'),
     (dict(body='resnet_of_nobody'), ValueError, "timm has no model 'resnet_of_nobody'"),
     (dict(body=Maps()), TypeError, 'The body returns a dict'),

@@ -232,7 +232,7 @@ def test_windows_and_single_numbers_have_no_layout():
         def __init__(self): super().__init__(); self.cut,self.one = nn.Identity(),nn.Identity()
         def forward(self, x): return self.cut(x.reshape(-1,4,4)).reshape(len(x), -1) + self.one(x.mean((1,2,3)))[:,None]
     layouts = find_layouts(Windows(), torch.randn(2,1,8,8))
-    assert layouts == {'cut': None, 'one': None}
+    assert layouts == {'': Layout(1), 'cut': None, 'one': None}
 
 def test_scripted_layers():
     "take no hooks; the others of the model can be looked at"

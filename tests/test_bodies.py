@@ -216,6 +216,16 @@ def test_validate_and_get_preds_run_no_teacher():
     assert np.isnan(learn.validate()[0])
     preds,targets = learn.get_preds()
     assert torch.allclose(preds, learn.model.eval()(x[0]), atol=1e-6) and torch.equal(targets, x[1]) and spy.n == n
+    class Look(Callback):
+        "Validates inside the fit, and looks for hooks when the body has run"
+        order = 2000
+        def after_loss(self): assert not hooks(self.learn.model)
+        def after_epoch(self):
+            if self.learn.lock.locked(): return  # `validate` sends this event too
+            n = spy.n
+            self.found = self.learn.validate()[0],spy.n - n
+    learn.fit(1, cbs=(look := Look()))
+    assert np.isnan(look.found[0]) and look.found[1] == 0
 
 def test_a_fit_that_fails_in_validation_leaves_nothing():
     class Fail(Callback):
@@ -301,6 +311,7 @@ def test_a_probe_of_an_ordinary_learner():
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     assert column(learn, 'linear_probe')[0] == linear_probe(learn, dls)['linear']
     learn.get_preds()
+    assert learn.metrics[0].value is None  # no regression, and no model that is kept
 
 # --- with a head ---------------------------------------------------------------------------------------------------
 

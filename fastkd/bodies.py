@@ -30,10 +30,13 @@ def root_of(model, xb, role):
     try:
         with undisturbed(model): output = model(*on_device(model, xb))
         root = trace(model, xb, role).root
-    except (RuntimeError,ValueError) as e: raise ValueError(f"The {role} cannot run on inputs of shape {', '.join(str(tuple(x.shape)) for x in xb)}: {e}") from e
-    if not isinstance(output, Tensor): raise TypeError(f"The {role} returns a {type(output).__name__}, not one tensor of features: wrap it in a module that returns that.")
+    except (RuntimeError,ValueError) as e:
+        raise ValueError(f"The {role} cannot run on inputs of shape {', '.join(str(tuple(x.shape)) for x in xb)}: {e}") from e
+    if not isinstance(output, Tensor):
+        raise TypeError(f"The {role} returns a {type(output).__name__}, not one tensor of features: wrap it in a module that returns that.")
     if root.layout is not None: return root
-    raise ValueError(f"The {role} outputs the shape {root.shape}, and nothing tells which axis holds the features: give a module that returns pooled features `(B, c)`.")
+    raise ValueError(f"The {role} outputs the shape {root.shape}, and nothing tells which axis holds the features: "
+                     "give a module that returns pooled features `(B, c)`.")
 
 def places(root):
     "The axes of the output that hold no channels"
@@ -48,17 +51,19 @@ def pooled(model, root):
 
 # %% ../nbs/09_bodies.ipynb #bod00011
 def make_body(body, xb):
-    "The module that `body` stands for, for the inputs `xb`. Raises `TypeError` for anything else than a module, a function that makes a model, or a name of timm's"
+    "The module that `body` stands for, for the inputs `xb`. Raises `TypeError` if it stands for none"
     if isinstance(body, nn.Module): return body
     channels = xb[0].shape[1]
     if isinstance(body, str):
         import timm
         if not timm.is_model(body): raise ValueError(f"timm has no model {body!r}; `timm.list_models()` names them.")
         return timm.create_model(body, pretrained=False, num_classes=0, in_chans=channels)
-    if not makes_models(body): raise TypeError(f"A body is an `nn.Module`, a function that makes a model such as `resnet18`, or a name of timm's, got {body!r}.")
+    if not makes_models(body):
+        raise TypeError(f"A body is an `nn.Module`, a function that makes a model such as `resnet18`, or a name of timm's, got {body!r}.")
     from fastai.vision.learner import create_body, model_meta
     try: return create_body(body(), n_in=channels, pretrained=False, cut=model_meta.get(body, {}).get('cut'))
-    except StopIteration: raise ValueError(f"{body.__name__} has no pooling layer that tells where its body ends: give a module that returns features.") from None
+    except StopIteration:
+        raise ValueError(f"{body.__name__} has no pooling layer that tells where its body ends: give a module that returns features.") from None
 
 # %% ../nbs/09_bodies.ipynb #bod00013
 class Features(nn.Module):
@@ -141,9 +146,11 @@ def body_losses(loss):
     "The losses in `loss`. Raises `ValueError` for one that needs more than activations, or names layers of its own"
     losses = [as_loss(o) for o in (loss if isinstance(loss, (list,tuple,L)) else [loss])]
     for l in losses:
-        if l.layers: raise ValueError(f"The loss {l.name} names layers of its own: name them for all losses, `distill_learner(..., layers={l.layers!r})`.")
+        if l.layers:
+            raise ValueError(f"The loss {l.name} names layers of its own: name them for all losses, `distill_learner(..., layers={l.layers!r})`.")
         if l.needs_features and not l.needs_logits and not l.needs_labels and 'pred' not in l.needs: continue
-        raise ValueError(f"The loss {l.name} does not compare activations, and a body has nothing else to compare: use one such as `Cosine`, `FitNet` or `RKD`.")
+        raise ValueError(f"The loss {l.name} does not compare activations, and a body has nothing else to compare: "
+                         "use one such as `Cosine`, `FitNet` or `RKD`.")
     return losses
 
 def body_layers(layers, body, teacher):
@@ -170,10 +177,11 @@ def distill_learner(
 ) -> Learner:
     """A `Learner` that trains `body` to have the features of `teacher`, which stays as it is; no label is used.
 
-    `learn.model` returns pooled features `(B, c)`: the body, with a mean over places behind it if it returns maps `(B, c, h, w)` or tokens `(B, n, c)`.
-    If widths differ, the loss learns a linear projection, which is no part of the model. `train_loss` and `valid_loss` are the weighted sum of the losses;
-    `learn.validate()` has no loss to show. What is saved and exported is the body alone, and loads without fastkd. A teacher with a head is compared by
-    what its head outputs: give its body. Raises `TypeError` or `ValueError` for models that do not run on the data, and for losses that need more than activations."""
+    `learn.model` returns pooled features `(B, c)`: the body, with a mean over places behind it if it returns maps or tokens.
+    If widths differ, the loss learns a linear projection, which is no part of the model. `train_loss` and `valid_loss` are the weighted sum
+    of the losses; `learn.validate()` has no loss to show. What is saved and exported is the body alone, and loads without fastkd.
+    A teacher with a head is compared by what its head outputs: give its body.
+    Raises `TypeError` or `ValueError` for models that do not run on the data, and for losses that need more than activations."""
     losses,(xb,_) = body_losses(loss),first_batch(dls.train, getattr(dls.train, 'n_inp', None))
     if weight is None and len(losses) == 1: weight = 1.
     body = make_body(body, xb)
@@ -201,7 +209,8 @@ def body_learner(
     n_out,body = n_out or get_c(dls),unwrap(body)
     if not n_out: raise ValueError("The data do not tell how many classes there are: give `n_out`.")
     root = root_of(body, first_batch(dls.train, getattr(dls.train, 'n_inp', None))[0], 'body')
-    return Learner(dls, nn.Sequential(pooled(body, root), nn.Linear(root.layout.sizes(root.shape)[0], n_out)), **{'splitter': default_split, **kwargs})
+    model = nn.Sequential(pooled(body, root), nn.Linear(root.layout.sizes(root.shape)[0], n_out))
+    return Learner(dls, model, **{'splitter': default_split, **kwargs})
 
 # %% ../nbs/09_bodies.ipynb #bod00022
 def features_of(model, dl):
@@ -251,7 +260,9 @@ def linear_probe(
     return dict(linear=linear_accuracy(X, y, X_valid, y_valid, C), neighbors=float(neighbors.score(X_valid, y_valid)))
 
 class LinearProbe(Metric):
-    "The linear probe of a learner's model as a column `linear_probe` of its epoch table, after every epoch: `Learner(..., metrics=LinearProbe(labeled_dls))`."
+    """The linear probe of a learner's model as a column of its epoch table, after every epoch: `Learner(..., metrics=LinearProbe(labeled_dls))`.
+
+    The features are those of `linear_probe`. In exports it is left out."""
     def __init__(self,
         dls, # `DataLoaders` with one class label for each item
         C:float=1. # How little the regression is regularized, as in scikit-learn

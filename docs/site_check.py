@@ -100,8 +100,8 @@ too_wide = """(() => { const edge = document.documentElement.clientWidth, articl
     const wide = [...document.querySelectorAll('.bd-article *')].filter(e => e.getBoundingClientRect().right > right && !scrolls(e.parentElement))
     return [`${document.documentElement.scrollWidth} px`, ...wide.slice(-3).map(e => e.outerHTML.slice(0, 120))] })()"""
 
-# Markdown that was not understood
-leftovers = """[...document.querySelectorAll('.bd-article :is(p, li, td)')].map(e => {
+# Markdown that was not understood; what code prints is no Markdown
+leftovers = """[...document.querySelectorAll('.bd-article :is(p, li, td)')].filter(e => !e.closest('.cell_output')).map(e => {
     const text = [...e.childNodes].filter(n => n.nodeType == Node.TEXT_NODE).map(n => n.data).join(' ')
     return /\\$|\\]\\(|\\*\\*|`|\\\\[a-z]/.test(text) && `shows Markdown: ${text.slice(0, 100)}` }).filter(o => o)"""
 

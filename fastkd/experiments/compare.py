@@ -110,7 +110,9 @@ def _summary(o):
     return [list(o.shape), *(f'{float(v):.4g}' for v in (o.float().mean(), o.float().std(correction=0)))] if o.numel() else [list(o.shape)]
 
 def _batch_summaries(dl, n=None):
-    "What the batches of a loader hold, the first `n` or all of an epoch"
+    "What the batches of a loader hold, the first `n` or all of an epoch (of a stream without a length the first thousand)"
+    try: n = n or len(dl)
+    except TypeError: n = 1000
     def one(o): return _summary(o) if isinstance(o, torch.Tensor) else str(type(o))
     with rewound(dl): return [apply(one, batch) for batch in islice(iter(dl), n)]
 

@@ -409,6 +409,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'fastkd/experiments/reports.py'),
                                             'fastkd.experiments.reports.Runs.add': ( 'reports.html#runs.add',
                                                                                      'fastkd/experiments/reports.py'),
+                                            'fastkd.experiments.reports.Runs.by': ('reports.html#runs.by', 'fastkd/experiments/reports.py'),
                                             'fastkd.experiments.reports.Runs.epochs_to_baseline': ( 'reports.html#runs.epochs_to_baseline',
                                                                                                     'fastkd/experiments/reports.py'),
                                             'fastkd.experiments.reports.Runs.frame': ( 'reports.html#runs.frame',

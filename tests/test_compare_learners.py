@@ -13,6 +13,7 @@ from fastai.callback.mixup import MixUp
 import fastkd
 from fastkd.cli import main
 from fastkd.experiments import Results, compare
+from fastkd.metrics import TeacherAgreement
 from fastkd.teacher import Teacher
 
 C = import_module('fastkd.experiments.compare')
@@ -272,6 +273,16 @@ def test_it_shows_itself(finished):
     html = runs._repr_html_()
     assert html.count('<img') == 2 and 'student alone' in html and html.count('alt=') == 2 and str(finished[0]) not in html
     assert 'student alone' in repr(runs) and len(runs) == 4 and len(runs.frame) == 4 and max(map(len, repr(runs).splitlines())) <= 80
+
+def test_another_metric_of_the_same_runs(teacher, tmp_path):
+    "such as how often the student decides as its teacher does"
+    def make(): return Learner(dls, net(), CrossEntropyLossFlat(), metrics=[accuracy, TeacherAgreement(teacher)])
+    runs = compare(make, teacher, ['none','soft'], 2, 2, 0.02, out=tmp_path, show=False)
+    other = runs.by('teacher_agreement')
+    assert [r.value for r in other] == [r.more['values']['teacher_agreement'] for r in runs] and 'teacher_agreement' in repr(other) and len(other._repr_html_())
+    losses = runs.by('valid_loss').table()
+    assert losses.attrs['better'] == 'lower' and np.isnan(losses.valid_loss['teacher']) and losses.valid_loss['soft'] == pytest.approx(np.mean([r.log['valid_loss'][-1] for r in runs if r.method == 'soft']))
+    with pytest.raises(ValueError, match='no metric \'dice\'; they have'): runs.by('dice')
 
 def test_a_run_made_by_hand(teacher, tmp_path):
     runs = run(teacher, out=tmp_path)

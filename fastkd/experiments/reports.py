@@ -6,6 +6,7 @@
 from __future__ import annotations
 import io, re, textwrap
 from base64 import b64encode
+from dataclasses import replace
 import numpy as np, pandas as pd
 from scipy import stats
 from fastcore.basics import IN_NOTEBOOK
@@ -371,6 +372,16 @@ class Runs:
     ) -> pd.DataFrame:
         "After how many epochs, and what share of its training time, the methods pass the baseline's end; see `reports.epochs_to_baseline`."
         return epochs_to_baseline(self.frame, baseline)
+
+    def by(self,
+        metric:str # Name of a metric of the learners
+    ):
+        "The same runs, measured by another of their metrics at the end, such as 'teacher_agreement'."
+        known = [*dict.fromkeys(k for r in self.runs for k in r.more.get('values', {}))]
+        if metric not in known: raise ValueError(f"These runs have no metric {metric!r}; they have {', '.join(known) or 'no other'}.")
+        better = 'lower' if lower_is_better(metric) else 'higher'
+        def other(r): return replace(r, metric=metric, better=better, value=r.more['values'].get(metric), teacher={**r.teacher, 'value': None})
+        return Runs(map(other, self.runs), self.experiment)
 
     def add(self,
         learn, # A trained student

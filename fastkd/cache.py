@@ -166,7 +166,7 @@ def open(self:Cache,
         except:
             self.owner = None
             raise
-    self.unconfirmed = set(self.probes)
+    for s in (self, *self.stores.values()): s.unconfirmed = set(s.probes)
 
 @patch
 def run(self:Cache,
@@ -421,14 +421,14 @@ def run_layers(self:Cache,
     inputs,stores = row_keys(*xb),{name: self.store(name) for name in names}
     keys = (inputs ^ zlib.crc32(precision.encode())).tolist()
     self.watch(inputs.tolist(), *xb)
-    if '' in names: self.confirm(lambda *xb: compute(*xb)[''], *xb, precision=precision)
+    for name,s in stores.items(): s.confirm(lambda *xb: compute(*xb)[name], *xb, precision=precision)
     new = sorted({i for s in stores.values() for i in s.missing(keys)})
     self.asked_rows,self.new_rows = self.asked_rows + len(keys),self.new_rows + len(new)
     if new:
         some = take_rows(xb, new) if len(new) < len(keys) else xb
         for name,z in compute(*some).items():
             if stores[name].shape is None: self.check_size(name, z)
-            stores[name].put([keys[i] for i in new], z, some if name == '' else None, precision)
+            stores[name].put([keys[i] for i in new], z, some, precision)
     return {name: s.get(keys) for name,s in stores.items()}
 
 @patch

@@ -627,3 +627,17 @@ def test_peers_are_saved_on_their_own(tmp_path):
     assert torch.load(tmp_path/'models'/'b.pth', weights_only=False)['model'].keys() == peer.model.state_dict().keys()
     assert not hooks(learn.model, peer.model) and peer.validate() and learn.validate()
     with pytest.raises(TypeError, match='Learner'): PeerTeacher(net())
+
+@pytest.mark.parametrize('place', ['memory','folder'])
+def test_activations_of_equal_weights_and_another_forward(place, tmp_path):
+    "are another teacher's: memory forgets them, a folder refuses"
+    cache = Cache() if place == 'memory' else tmp_path/'z'
+    fitted(Teacher(Counting(), cache=cache), loss=Attention)
+    other = Counting()
+    real = other.net.forward
+    other.net.forward = lambda x: real(-2*x)
+    if place == 'folder':
+        with pytest.raises(ValueError, match="another teacher's"): fitted(Teacher(other, cache=cache), loss=Attention)
+    else:
+        fitted(Teacher(other, cache=cache), loss=Attention)
+        assert other.rows >= 24

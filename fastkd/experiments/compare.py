@@ -69,15 +69,18 @@ class Experiment:
         return Scale(metric, self.better)
 
     @cached_property
+    def teacher_id(self): return self.teacher_checksum()
+
+    @cached_property
     def comparison(self):
         "Fingerprint of everything that decides the numbers of a run, except its method and its seed"
-        return fingerprint(dict(self.common, teacher=self.teacher_checksum()))
+        return fingerprint(dict(self.common, teacher=self.teacher_id))
 
     @cached_property
     def known(self):
         "What is known of the teacher"
         n = sum(p.numel() for m in _models(self.teacher) if isinstance(m, torch.nn.Module) for p in m.parameters())
-        return dict(value=self.teacher_value(), parameters=n, checksum=self.teacher_checksum())
+        return dict(value=self.teacher_value(), parameters=n, checksum=self.teacher_id)
 
     @cached_property
     def about(self):
@@ -168,7 +171,7 @@ def _models(teacher): return KnowledgeDistillationCallback(teacher).teacher.mode
 
 @patch
 def teacher_checksum(self:Experiment) -> str:
-    "Identifies the teacher: its weights, what its layers do, and how it is run."
+    "Identifies the teacher, which does not change: its weights, what its layers do, and how it is run."
     teacher = self.teacher if isinstance(self.teacher, Teacher) else Teacher(self.teacher)
     parts = [[checksum(m.state_dict()), _layers_of(m)] if isinstance(m, torch.nn.Module) else _plain(m) for m in teacher.models]
     how = [_plain(getattr(teacher, k)) for k in ('dtype','inputs','outputs','vocab','normalize','probs')]

@@ -15,7 +15,7 @@ from .records import Results
 from .reports import Runs
 
 # %% auto #0
-__all__ = ['search_space', 'tune']
+__all__ = ['search_space', 'study_of', 'search', 'tune']
 
 # %% ../../nbs/06g_tune.ipynb #tun00008
 def _rounded(x): return float(f'{x:.2g}')
@@ -41,7 +41,49 @@ def _suggest(trial, space):
         return _rounded(trial.suggest_float(name, *values, log=kind == 'log'))
     return {name: one(name, kind, values) for name,(kind,values) in space.items()}
 
+def _values(params): return {k: _rounded(v) if isinstance(v, float) else v for k,v in params.items()}
+
 def _text(name, values): return f"{name}({','.join(f'{k}={v}' for k,v in values.items())})"
+
+# %% ../../nbs/06g_tune.ipynb #tun00014
+def study_of(
+    optuna, # The package
+    e:Experiment, # What is trained
+    loss:str # The name of the loss
+):
+    "The study of this comparison, kept in its folder; a trial that falls behind in the second half of its epochs is stopped."
+    return optuna.create_study(storage=f"sqlite:///{e.folder/'study.db'}", study_name=f'{loss} {e.comparison}', load_if_exists=True,
+        direction='minimize' if e.scale.sign < 0 else 'maximize', sampler=optuna.samplers.TPESampler(seed=0),
+        pruner=optuna.pruners.MedianPruner(n_warmup_steps=e.epochs//2))
+
+def search(
+    optuna, # The package
+    e:Experiment, # What is trained
+    loss:str, # The name of the loss
+    space:dict, # What is tried, see `search_space`
+    trials:int, # How many settings, those of an earlier call included
+    show:bool=True # Say what is tried?
+) -> dict:
+    "The setting with the best metric on the validation set at the end of a training with seed 1000."
+    column = e.scale.metric
+    def objective(trial):
+        steps = count()
+        def tick(row):
+            trial.report(row[column], next(steps))
+            if trial.should_prune(): raise optuna.TrialPruned('it fell behind')  # fastai needs a message
+        return e.run(as_method(_text(loss, _suggest(trial, space))), 1000, tick).log[column][-1]
+
+    def say(study, trial):
+        ended = f'{column} {e.scale.text(trial.value)}' if trial.state.name == 'COMPLETE' else 'stopped early'
+        if show: print(f'trial {trial.number+1} of {trials}: {_text(loss, _values(trial.params))}: {ended}', flush=True)
+
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        study = study_of(optuna, e, loss)
+        study.optimize(objective, max(0, trials - sum(t.state.is_finished() for t in study.trials)), callbacks=[say])
+    finally: optuna.logging.set_verbosity(verbosity)
+    return _values(study.best_params)
 
 # %% ../../nbs/06g_tune.ipynb #tun00011
 def tune(
@@ -72,24 +114,5 @@ def tune(
     e.check([m])
     e.results.check_writable()
     pairs = list(zip(*match_layers(e.sample, teacher))) if m.compares_activations and isinstance(teacher, Learner) else []
-    space,column = search_space(m.terms[0].loss, pairs),e.scale.metric
-
-    def objective(trial):
-        steps = count()
-        def tick(row):
-            trial.report(row[column], next(steps))
-            if trial.should_prune(): raise optuna.TrialPruned('it fell behind')  # fastai needs a message
-        return e.run(as_method(_text(loss, _suggest(trial, space))), 1000, tick).log[column][-1]
-
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        study = optuna.create_study(storage=f"sqlite:///{e.folder/'study.db'}", study_name=f'{loss} {e.comparison}', load_if_exists=True,
-            direction='minimize' if e.scale.sign < 0 else 'maximize', sampler=optuna.samplers.TPESampler(seed=0), pruner=optuna.pruners.MedianPruner(n_warmup_steps=epochs//2))
-        def say(study, trial):
-            if show: print(f'trial {trial.number+1} of {trials}: {_text(loss, {k: _rounded(v) if isinstance(v, float) else v for k,v in trial.params.items()})}: '
-                           + (f'{column} {e.scale.text(trial.value)}' if trial.state.name == 'COMPLETE' else 'stopped early'), flush=True)
-        study.optimize(objective, max(0, trials - len([t for t in study.trials if t.state.is_finished()])), callbacks=[say])
-    finally: optuna.logging.set_verbosity(verbosity)
-    best = {k: _rounded(v) if isinstance(v, float) else v for k,v in study.best_params.items()}
+    best = search(optuna, e, loss, search_space(m.terms[0].loss, pairs), trials, show)
     return e.carry_out([as_method('none'), as_method(_text(loss, best))], seeds, show)

@@ -323,7 +323,7 @@ def hold(path, key):
 
 def test_a_claim_dies_with_its_process(tmp_path):
     path,key = tmp_path/'results.jsonl',('c','soft',0)
-    holder = get_context('fork').Process(target=hold, args=(path, key))
+    holder = get_context('fork').Process(target=hold, args=(path, key), daemon=True)
     holder.start()
     while not list(tmp_path.glob('.locks/*')): time.sleep(0.01)
     def claimed():

@@ -34,6 +34,7 @@ class KnowledgeDistillationCallback(OwnEvents):
         schedule=None, # An annealer of training progress such as `SchedCos(0, 1)`, multiplied into the terms' weights
         axis:int=None, # The class axis of the logits, if the loss function and the labels do not tell
         ignore_index:int=None, # The label to leave out, if the loss function does not tell
+        unlabeled=None, # Items without labels (a list of files, rows …) or a loader of them, which join each training batch: the terms see them too
         valid=None # Does nothing; validation is always the student's own
     ):
         if valid is not None:
@@ -42,14 +43,14 @@ class KnowledgeDistillationCallback(OwnEvents):
         self.weighting = dict(weight=weight, label_weight=label_weight, schedule=schedule)
         self.objective = None if loss is None else Objective(loss, **self.weighting)
         self.named_pairs,self.task_settings = as_pairs(activations_student, activations_teacher),dict(axis=axis, ignore_index=ignore_index)
-        self.session,self.result,self.loaded_state = None,None,None
+        self.unlabeled,self.session,self.result,self.loaded_state = unlabeled,None,None,None
 
     def before_fit(self):
         "Open a session; `validate`, `tta` and `with learn` send this event too, also inside a fit"
         if self.session is None:
             if self.learn.lock.locked(): return  # `validate` and `get_preds`
             objective = self.objective or Objective(suited_loss(self.learn.loss_func), **self.weighting)
-            self.session = Session(self.teacher, objective, self.named_pairs, self.task_settings, self.loss_state, self.last and self.last.views)
+            self.session = Session(self.teacher, objective, self.named_pairs, self.task_settings, self.loss_state, self.last and self.last.views, self.unlabeled)
             self.session.open(self.learn)
         elif self.learn.lock.locked(): self.session.enter_validation()
         self.session.depth += 1
@@ -153,8 +154,8 @@ def _distilling(original):
 Learner.fit = _distilling(original_of(Learner.fit))
 
 # %% ../nbs/03_callback.ipynb #668d28d0
-#: Classes of callbacks and metrics that an export leaves out; a module adds its own
-not_exported = [KnowledgeDistillationCallback, Session]
+#: Classes of callbacks and metrics that an export leaves out; `OwnEvents` are all of a training with a teacher. A module adds its own
+not_exported = [OwnEvents]
 
 def _without_distillation(original):
     "`Learner.export` that leaves the distillation out"

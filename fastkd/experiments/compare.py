@@ -24,7 +24,8 @@ from ..layers import rewound
 from ..methods import as_methods, checked_count, contents, method as as_method
 from ..start import init_from_teacher
 from ..teacher import Teacher
-from ..views import Views
+from ..unlabeled import unlabeled_loader
+from ..views import Views, seed_loader
 from .recipes import Parts, Recipe, find_recipe
 from .records import Results, Run, fingerprint, model_layout, named_function, provenance, same_settings
 from .reports import Runs, Scale
@@ -50,6 +51,7 @@ class Experiment:
     layers:tuple=None # Layers of student and teacher, in pairs, for losses that compare activations; `None`: `match_layers` finds them
     name:str='' # What the data are, for captions
     statistics:bool=False # Keep statistics of parameters and gradients?
+    unlabeled:object=None # Items without labels, or a loader of them, which join each batch of students that are distilled
     views:int=None # After how many epochs do random inputs come again, so that the teacher need not look again? `None`: never
 
     @property
@@ -86,12 +88,15 @@ class Experiment:
     def about(self):
         "What a record says of all runs"
         return dict(data=[self.name or self.folder.name, *self.sizes, ''], device=_device_name(getattr(self.sample.dls, 'device', None) or default_device()),
-            teacher_fit={}, on='validation' if self.test is None else 'test')
+            teacher_fit={}, on='validation' if self.test is None else 'test', more=self.rows_without_labels)
 
-    def fit_settings(self, method): return dict(epochs=self.epochs_of(method), lr=str(self.lr), fit=getattr(self.fit, '__name__', ''))
+    @property
+    def rows_without_labels(self): return {} if self.unlabeled is None else dict(unlabeled=len(getattr(self.unlabeled, 'dataset', self.unlabeled)))
+
+    def fit_settings(self, method): return dict(epochs=self.epochs_of(method), lr=str(method.lr or self.lr), fit=getattr(self.fit, '__name__', ''))
     def fit_for(self, method):
         "`(learn, cbs)`: trains a student with `method`"
-        rate = () if self.lr is None else (self.lr,)
+        rate = [o for o in [method.lr or self.lr] if o is not None]
         return lambda learn, cbs: self.fit(learn, self.epochs_of(method), *rate, cbs=cbs)
 
     def epochs_of(self, method): return method.epochs or self.epochs
@@ -118,6 +123,13 @@ def _batch_summaries(dl, n=None):
     except TypeError: n = 1000
     def one(o): return _summary(o) if isinstance(o, torch.Tensor) else str(type(o))
     with rewound(dl): return [apply(one, batch) for batch in islice(iter(dl), n)]
+
+def _unlabeled_batches(items, learn):
+    "What rows without labels hold, as plain data"
+    with no_random():
+        dl = unlabeled_loader(items, learn.dls)
+        seed_loader(dl, 0)
+        return fingerprint(_batch_summaries(dl))
 
 def _plain(o):
     "The contents of a function or an object as text, else its name"
@@ -157,7 +169,7 @@ def common(self:Experiment) -> dict:
     return dict(student=model_layout(lambda: learn.model), weights=checksum(learn.model.state_dict()), layers_=fingerprint(_layers_of(learn.model)),
         batches=fingerprint(batches), loss=_plain(learn.loss_func), optimizer=_plain(learn.opt_func),
         rates=[str(o) for o in (learn.lr, learn.wd, learn.moms, learn.wd_bn_bias, learn.train_bn)],
-        callbacks=[_settings_of(cb) for cb in learn.cbs], epochs=self.epochs, lr=str(self.lr), fit=_plain(self.fit), **(dict(views=self.views) if self.views else {}),
+        callbacks=[_settings_of(cb) for cb in learn.cbs], epochs=self.epochs, lr=str(self.lr), fit=_plain(self.fit), **(dict(views=self.views) if self.views else {}), **(dict(unlabeled=_unlabeled_batches(self.unlabeled, learn)) if self.unlabeled is not None else {}),
         metric=[self.scale.metric, self.scale.sign, *[_metric(m) for m in learn.metrics if m.name == self.scale.metric]], layers=_plain(self.layers), sizes=self.sizes)
 
 @patch(as_prop=True)
@@ -214,6 +226,7 @@ class RecipeExperiment(Experiment):
         self.recipe,self.parts,self.device,self.bf16 = recipe,parts,device,bf16
         fit = recipe.student_fit
         super().__init__(self.student, None, results, fit.epochs, layers=recipe.layers, metric='accuracy', statistics=statistics, views=views)
+        if parts.unlabeled is not None: self.unlabeled = parts.unlabeled_loader(fit.bs, device, recipe.student_augment)
         self.callbacks()  # raises now if they cannot be made
 
     tried_with = None  # the teacher is not trained yet
@@ -228,7 +241,7 @@ class RecipeExperiment(Experiment):
         "What teacher and student have in common"
         sizes = [len(ys) for _,ys in (self.parts.train,self.parts.valid,self.parts.test)]
         data = [self.parts.name, *sizes, fingerprint(self.parts.test[1].tolist())]
-        return dict(recipe=self.recipe.name, data=data, device=self.device.type, **(dict(bf16=True) if self.bf16 else {}))
+        return dict(self.rows_without_labels, recipe=self.recipe.name, data=data, device=self.device.type, **(dict(bf16=True) if self.bf16 else {}))
 
     @cached_property
     def teacher_settings(self):
@@ -246,11 +259,12 @@ class RecipeExperiment(Experiment):
     @cached_property
     def about(self):
         r = self.recipe
-        return dict(data=self.common['data'], device=_device_name(self.device), teacher_fit=vars(r.teacher_fit), more=dict(recipe=r.name, bf16=self.bf16,
+        return dict(data=self.common['data'], device=_device_name(self.device), teacher_fit=vars(r.teacher_fit), more=dict(self.rows_without_labels, recipe=r.name, bf16=self.bf16,
             augmented=bool(r.student_augment), callbacks=[type(cb).__name__ for cb in self.callbacks()], layers=r.layers))
 
-    def fit_settings(self, method): return vars(replace(self.recipe.student_fit, epochs=self.epochs_of(method)))
-    def fit_for(self, method): return partial(run_fit, replace(self.recipe.student_fit, epochs=self.epochs_of(method)))
+    def fit_of(self, method): return replace(self.recipe.student_fit, epochs=self.epochs_of(method), lr=method.lr or self.recipe.student_fit.lr)
+    def fit_settings(self, method): return vars(self.fit_of(method))
+    def fit_for(self, method): return partial(run_fit, self.fit_of(method))
 
     def callbacks(self):
         "New callbacks of the recipe for one run of the student. Raises `ValueError` if `student_cbs` do not make callbacks."
@@ -308,7 +322,7 @@ def callback_for(self:Experiment, method, seed:int=None):
     "A new callback for one run with `method`, `None` for the student alone; without a seed nothing of the teacher is kept."
     try: method = copy.deepcopy(method)
     except Exception: pass  # a loss may hold what cannot be copied
-    return method.callback(self.teacher_for(method, seed), self.layers)
+    return method.callback(self.teacher_for(method, seed), self.layers, self.unlabeled)
 
 @patch
 def with_views(self:Experiment, teacher, seed):
@@ -335,6 +349,7 @@ def callbacks_for(self:Experiment, method) -> list:
 def student_for(self:Experiment, method, seed):
     "A new student for one run with `method`."
     learn = new_learner(self.make_student, seed)
+    seed_loader(self.unlabeled, seed)
     if method.init: init_from_teacher(learn, self.teacher)
     return learn
 
@@ -612,6 +627,7 @@ def compare(
     better:str=None, # 'higher' or 'lower'; known of losses and errors
     layers:tuple=None, # Layers of student and teacher, in pairs, for losses that compare activations; `match_layers` finds them by default
     fit:callable=Learner.fit_one_cycle, # `fit(learn, epochs, lr, cbs=cbs)` trains a student, for instance `Learner.fine_tune`
+    unlabeled=None, # Items without labels (a list of files, rows …) or a loader of them: with each method they join the batches, and the distillation terms see them too
     views:int=None, # Let augmented and mixed inputs come again after so many epochs, so that the teacher need not look again; see `Views`
     name:str='', # What the data are, for captions; the name of the folder by default
     executor=None, # A `concurrent.futures.Executor` that makes the runs, e.g. Dask's `client.get_executor()`
@@ -625,7 +641,7 @@ def compare(
     check_make_student(make_student)
     check_teacher(teacher)
     check_test(test)
-    e = Experiment(make_student, teacher, Results(Path(out or 'runs/compare')/'results.jsonl'), epochs, None if lr is None else float(lr) if isinstance(lr, numbers.Real) else lr, fit, test, metric, better, layers, str(name), views=None if views is None else Views(views).n)
+    e = Experiment(make_student, teacher, Results(Path(out or 'runs/compare')/'results.jsonl'), epochs, None if lr is None else float(lr) if isinstance(lr, numbers.Real) else lr, fit, test, metric, better, layers, str(name), unlabeled=unlabeled, views=None if views is None else Views(views).n)
     e.scale  # raises for a metric that there is not
     if executor is not None and (isinstance(executor, ThreadPoolExecutor) or not hasattr(executor, 'submit')):
         raise ValueError("`executor` must run each call in a process of its own (threads would share one random stream), such as Dask's `client.get_executor()`.")
@@ -643,15 +659,17 @@ def run_recipe(
     statistics:bool=False, # Keep mean and standard deviation of each parameter and its gradient, for each epoch?
     bf16:bool=False, # Train in bfloat16 mixed precision, channels-last, with a bfloat16 copy of the teacher?
     views:int=None, # Let augmented and mixed inputs come again after so many epochs, so that the teacher need not look again; see `Views`
+    labels:float=None, # The share of the training rows that keep their labels; the distillation terms see the others too
     show:bool=True # Say what is run?
 ) -> Runs:
     """Train a recipe's teacher once, then its student with each method and seed; finished runs are not repeated.
 
-    Raises `ValueError` before anything is trained if a method, a seed, the device or the folder cannot be used."""
+    With a share of the `labels` teacher and student learn from those alone, in so many more epochs that they make as many steps. Raises `ValueError` before anything is trained if a method, a seed, the device or the folder cannot be used."""
     recipe = _with_epochs(find_recipe(recipe), epochs, teacher_epochs)
     methods,seeds,device = as_methods(recipe.methods if methods is None else methods),checked_seeds(seeds),_device(device)
-    results = Results(Path(out or Path('runs')/recipe.name)/'results.jsonl')
-    return RecipeExperiment(recipe, recipe.data(data), device, results, bf16, statistics, views).carry_out(methods, seeds, show)
+    results,parts = Results(Path(out or Path('runs')/recipe.name)/'results.jsonl'),recipe.data(data)
+    if labels is not None: parts,recipe = parts.with_labels(labels),_with_epochs(recipe, *[round(f.epochs/labels) for f in (recipe.student_fit,recipe.teacher_fit)])
+    return RecipeExperiment(recipe, parts, device, results, bf16, statistics, views).carry_out(methods, seeds, show)
 
 # %% ../../nbs/06d_compare.ipynb #cmp00052
 @patch

@@ -96,6 +96,7 @@ class Parts:
     test:tuple # Inputs and labels that trained no model and chose no setting
     batch_of:callable=None # See `ArrayLoader`
     tfm:callable=None # Applied to a batch of inputs on the device; the same for an input whenever, and with whatever else, it comes
+    unlabeled:list=None # Inputs whose labels nobody knows
 
     def dls(self,
         bs:int=64, # Batch size in training
@@ -104,9 +105,27 @@ class Parts:
     ) -> DataLoaders:
         "`DataLoaders` of the three parts."
         loader = partial(ArrayLoader, batch_of=self.batch_of, device=device)
-        both = self.tfm if augment is None else augment if self.tfm is None else lambda x: self.tfm(augment(x))
-        return DataLoaders(loader(*self.train, bs=bs, shuffle=True, after_batch=both),
+        return DataLoaders(loader(*self.train, bs=bs, shuffle=True, after_batch=self.augmented(augment)),
             *[loader(*part, bs=512, after_batch=self.tfm) for part in (self.valid,self.test)], device=torch.device(device))
+
+    def augmented(self, augment):
+        "`tfm`, and `augment` before it, if they are given"
+        return self.tfm if augment is None else augment if self.tfm is None else lambda x: self.tfm(augment(x))
+
+    def unlabeled_loader(self, bs, device='cpu', augment=None) -> DataLoader:
+        "The rows without labels in a loader like the one for training."
+        return ArrayLoader(self.unlabeled, torch.zeros(len(self.unlabeled), dtype=torch.long), bs, True, self.batch_of, self.augmented(augment), device)
+
+    def with_labels(self,
+        share:float # Of the training rows, between 0 and 1
+    ) -> 'Parts':
+        "Of each class a share of the training rows keep their labels; the others become `unlabeled`. Raises `ValueError` for a share of which nothing is left."
+        xs,ys = self.train
+        n = round(share*len(ys)) if 0 < share < 1 else 0
+        if n < len(ys.unique()): raise ValueError(f"`labels` is the share of the {len(ys)} training rows that keep their labels, between 0 and 1, got {share}.")
+        kept,rest = stratified(ys, n)
+        take = lambda idxs: xs[idxs] if isinstance(xs, torch.Tensor) else [xs[i] for i in idxs]
+        return replace(self, train=(take(kept), ys[kept]), unlabeled=take(rest))
 
 # %% ../../nbs/06b_recipes.ipynb #e8d63dbf
 def stratified(

@@ -1014,6 +1014,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fastkd.session.Session.describe': ('session.html#session.describe', 'fastkd/session.py'),
                                 'fastkd.session.Session.distills': ('session.html#session.distills', 'fastkd/session.py'),
                                 'fastkd.session.Session.enter_validation': ('session.html#session.enter_validation', 'fastkd/session.py'),
+                                'fastkd.session.Session.find_means': ('session.html#session.find_means', 'fastkd/session.py'),
                                 'fastkd.session.Session.forget_batch': ('session.html#session.forget_batch', 'fastkd/session.py'),
                                 'fastkd.session.Session.hide_columns': ('session.html#session.hide_columns', 'fastkd/session.py'),
                                 'fastkd.session.Session.ignored_by': ('session.html#session.ignored_by', 'fastkd/session.py'),

@@ -187,7 +187,7 @@ class RKD(FeatureLoss):
         channel_axis=None, # Axis of the channels; `None` is 1, or the last axis of three (tokens)
     ):
         super().__init__(layers, channel_axis)
-        self.distance,self.angle,self.pool = distance,angle,pool
+        self.distance,self.angle,self.pool,self.pooled_targets = distance,angle,pool,pool
 
     def pair_loss(self, s, t):
         s,t = embedding(s, self.pool),embedding(t, self.pool)
@@ -234,7 +234,7 @@ class PKT(FeatureLoss):
         channel_axis=None, # Axis of the channels; `None` is 1, or the last axis of three (tokens)
     ):
         super().__init__(layers, channel_axis)
-        self.pool = pool
+        self.pool = self.pooled_targets = pool
 
     def pair_loss(self, s, t):
         p_s,p_t = neighbors(embedding(s, self.pool)), neighbors(embedding(t, self.pool))

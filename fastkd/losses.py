@@ -67,6 +67,7 @@ class KDLoss(nn.Module):
     too_few:str = ''              # ... why, and what to use instead
     labels_are_masks:bool = False # are labels only looked at to leave positions out? `False`: a loss with a `target` cannot be used with mixed labels
     compares:str = None           # 'classes' for class probabilities, 'maps' for places in the map of each class: both must know the class axis
+    pooled_targets:bool = False   # of the teacher's activations, does it look at the mean over all places alone? Then a cache keeps no more than that
     layers = None                 # its own pairs of layers, `{student: teacher}`; `None` for the callback's pairs
     channel_axis = None           # axis of the channels of its activations, or `(student's, teacher's)`; `None`: found by the callback
     needs_layout:bool = True      # must it be known where the channels are? If not, activations of an unknown layout come as they are

@@ -107,7 +107,7 @@ def snapshot(self:PeerTeacher):
 
 # %% ../nbs/02c_online_teachers.ipynb #20fc6e9b
 @patch
-def run(self:PeerTeacher, *xb, layers=(), logits=True):
+def run(self:PeerTeacher, *xb, layers=(), logits=True, reduce=None):
     "The peer's logits: in training those of its own step, else those of eval mode."
     if not torch.is_grad_enabled(): return super(PeerTeacher, self).run(*xb, layers=layers, logits=logits)
     if layers: raise ValueError("A peer teaches by its logits only: leave out the losses that compare activations.")

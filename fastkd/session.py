@@ -197,6 +197,7 @@ class Session(OwnEvents):
         self.learner,self.names = None,None  # the learner; the head of its table while a foreign validation hides the columns
         self.cleanup,self.depth = ExitStack(),0  # `depth`: how many fits are open; `validate`, `tta` and `with learn` send `before_fit` too
         self.pairs,self.student_hooks,self.task,self.is_lr_find = None,None,None,False
+        self.means = {}  # of the teacher's activations that no loss needs whole: the function that makes their mean over all places
         self.channel_axes = {}  # the axis that the user gave each term; the losses always get channels first
         self.teacher_score,self.notes = TeacherScore() if teacher.fixed and len(teacher.models) == 1 else None,[]
         self.warned = False  # of inputs that should repeat?
@@ -270,6 +271,7 @@ def pair_layers(self:Session):
     self.channel_axes = {t: t.loss.channel_axis for t in self.pairs}
     for t in self.pairs: t.loss.channel_axis = 1
     self.update_layouts()
+    self.find_means()
     self.student_hooks = FeatureHooks(student, dict.fromkeys(s for s,_ in self.all_pairs), 'student', self.xb)
 
 # %% ../nbs/03b_session.ipynb #18192bc7
@@ -311,6 +313,17 @@ def update_layouts(self:Session):
     inputs = (self.model, self.xb),(self.teacher.model, self.teacher.inputs_of(*self.xb))
     self.layouts = [find_layouts(m, xb) if self.all_pairs else {} for m,xb in inputs]
     self.layout_shapes = self.input_shapes()
+
+@patch
+def find_means(self:Session):
+    "Find what a cache need not keep whole"
+    if self.teacher.cache is None: return
+    asked = [(term,pair) for term,pairs in self.pairs.items() for pair in pairs]
+    whole = {pair[1] for term,pair in asked if not term.loss.pooled_targets}
+    def mean(term, pair, act):
+        act = self.bring_channels_first(term, pair, 1, act)
+        return act.flatten(2).mean(-1) if act.ndim > 2 else act
+    self.means = {pair[1]: partial(mean, term, pair) for term,pair in asked if pair[1] not in whole}
 
 @patch
 def input_shapes(self:Session): return [tuple(x.shape[1:]) for x in self.xb if isinstance(x, Tensor)]
@@ -359,7 +372,7 @@ def run_teacher(self:Session, terms):
         if self.layout_shapes != self.input_shapes() and any(l and l.grid for ls in self.layouts for l in ls.values()): self.update_layouts()
         self.student_hooks.__enter__()
     layers = tuple(dict.fromkeys(t for _,t in self.all_pairs)) if features else ()
-    if features or logits: self.output = self.teacher.run(*self.xb, layers=layers, logits=logits)
+    if features or logits: self.output = self.teacher.run(*self.xb, layers=layers, logits=logits, reduce=self.means)
 
 @patch
 def unhook(self:Session):
@@ -406,7 +419,8 @@ def term_values(self:Session) -> dict:
 def term_value(self:Session, term, inputs, logits, student, teacher):
     "The value of one term, from the logits and the activations of both models"
     loss,pairs = term.loss,self.pairs.get(term, [])
-    fm_s,fm_t = [{p: self.bring_channels_first(term, p, i, acts[p[i]]) for p in pairs} for i,acts in enumerate((student,teacher))]
+    fm_s = {p: self.bring_channels_first(term, p, 0, student[p[0]]) for p in pairs}
+    fm_t = {p: teacher[p[1]] if p[1] in self.means else self.bring_channels_first(term, p, 1, teacher[p[1]]) for p in pairs}
     fm_t = {p: a.to(fm_s[p].dtype) if a.dtype == torch.float64 else a for p,a in fm_t.items()}
     if term in self.unbuilt: self.build(term, fm_s, fm_t)
     teacher_pred = loss.average(logits, inputs['axis'], inputs['pct_train']) if term.needs_logits else None

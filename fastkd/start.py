@@ -130,18 +130,18 @@ def by_stage(student, teacher, pairs, between=True):
             ours,theirs = [[(joined(n, k), l) for k,l in owners(m).items()] for n,m in ((s,layer),(t,other))]
             inside = in_order(ours, theirs) or [Counterpart(k, l, note=f"{t!r} in the teacher has other layers") for k,l in ours]
         found += inside
-    if not between or not any(c.other is not None for c in found): return found
+    if not between or (found and not any(c.other is not None for c in found)): return found
     for ours,theirs in zip(*(gaps(m, names) for m,names in zip((student,teacher), zip(*pairs)))):
-        if len(ours) == len(theirs): found += in_order(ours, theirs)
+        found += in_order(ours, theirs)
     return found
 
 def gaps(model, stages):
     "The layers `(name, layer)` before, between and after `stages`, a list for each gap"
-    found = [[]]
-    for n,l in owners(model).items():
+    found,own = [[]],owners(model)
+    for n,_ in model.named_modules():  # a stage may be a layer without weights
         i = next((i for i,s in enumerate(stages) if n == s or n.startswith(f'{s}.')), None)
-        if i is None: found[-1].append((n,l))
-        else: found += [[] for _ in range(i+2-len(found))]
+        if i is not None: found += [[] for _ in range(i+2-len(found))]
+        elif n in own: found[-1].append((n,own[n]))
     return found + [[] for _ in range(len(stages)+1-len(found))]
 
 # %% ../nbs/01d_start.ipynb #ini00023

@@ -293,13 +293,14 @@ def own_dtype(
 def run(self:Teacher,
     *xb, # Inputs, as the student gets them
     layers=(), # Names of the layers of the first model whose activations are wanted
-    logits:bool=True # Are the logits wanted? Without them, the forward may end after the last of `layers`
+    logits:bool=True, # Are the logits wanted? Without them, the forward may end after the last of `layers`
+    reduce:dict=None # Functions of the activations of layers of which less is wanted
 ) -> TeacherOutput:
     "The logits of each model, in its own shape (none without `logits`), and the activations of `layers`."
     with ExitStack() as stack:
         if self.running is None: stack.enter_context(self.on())
-        if self.cache is not None: return self._cached(*xb, layers=tuple(layers), logits=logits)
-        return self._forward(*xb, layers=tuple(layers), logits=logits)
+        run = self._forward if self.cache is None else self._cached
+        return run(*xb, layers=tuple(layers), logits=logits, reduce=reduce or {})
 
 @patch
 def __call__(self:Teacher, *xb) -> Tensor:
@@ -351,14 +352,14 @@ def _resting(self:Teacher, xb):
         yield
 
 @patch
-def _forward(self:Teacher, *xb, layers=(), logits=True, mapped=False):
+def _forward(self:Teacher, *xb, layers=(), logits=True, reduce={}, mapped=False):
     acts,outputs = {},[]
     with self._resting(xb):
         for i,m in enumerate(self.calls):
             if i == 0 and layers: outputs.append(self._hooks(layers, xb, mapped).run(*self._inputs(0, *xb, mapped=mapped), stop=not logits))
             elif logits: outputs.append(self._call(m, self._inputs(i, *xb, mapped=mapped)))
         zs = [self._logits(o) for o in outputs] if logits else []
-    if layers: acts = {n: a.clone() if a.is_inference() else a for n,a in self.hooks[layers].collect().items()}
+    if layers: acts = {n: reduce.get(n, noop)(a.clone() if a.is_inference() else a) for n,a in self.hooks[layers].collect().items()}
     return TeacherOutput(zs, acts)
 
 @patch
@@ -489,17 +490,18 @@ def reset(self:Teacher):
 
 # %% ../nbs/02_teacher.ipynb #e340d6a4
 @patch
-def _cached(self:Teacher, *xb, layers=(), logits=True):
+def _cached(self:Teacher, *xb, layers=(), logits=True, reduce={}):
     "Logits and activations from the cache; the models run on inputs that are new to it"
     device = find_device(xb)
     # under autocast the logits of an input are different
     precision = str(torch.get_autocast_dtype(device.type)) if self.dtype is None and torch.is_autocast_enabled(device.type) else ''
     xb = self._mapped(*xb)
     def compute(*xb):
-        output = self._forward(*xb, layers=layers, logits=logits, mapped=True)
-        return {**({'': torch.stack(output.logits, 1)} if logits else {}), **output.activations}
-    kept = self.cache.run_layers(compute, [*['']*logits, *layers], *xb, precision=precision)
-    return TeacherOutput(list(kept.pop('').to(device).unbind(1)) if logits else [], {n: a.to(device) for n,a in kept.items()})
+        output = self._forward(*xb, layers=layers, logits=logits, reduce=reduce, mapped=True)
+        return {**({'': torch.stack(output.logits, 1)} if logits else {}), **{names[n]: a for n,a in output.activations.items()}}
+    names = {n: f'{n}, reduced' if n in reduce else n for n in layers}
+    kept = self.cache.run_layers(compute, [*['']*logits, *names.values()], *xb, precision=precision)
+    return TeacherOutput(list(kept.pop('').to(device).unbind(1)) if logits else [], {n: kept[k].to(device) for n,k in names.items()})
 
 # %% ../nbs/02_teacher.ipynb #d2a9b60e
 @patch

@@ -365,3 +365,12 @@ def test_cuda():
     init_from_teacher(student, teacher)
     assert torch.equal(student.conv1.weight.cpu(), teacher.conv1.weight[::2]) and student.conv1.weight.is_cuda
     init_from_teacher(net(), student)
+
+def test_a_flat_network_starts_stage_by_stage():
+    "VGG: of more convolutions before a pooling the first, and the head"
+    student,teacher = tv.vgg11_bn(num_classes=10),tv.vgg19_bn(num_classes=10)
+    table = init_from_teacher(student, teacher, xb=images)
+    convs = [[m for m in model.features if isinstance(m, nn.Conv2d)] for model in (student,teacher)]
+    assert (table.share == 1).all()
+    for i,j in zip(range(8), (0,2,4,5,8,9,12,13)): assert torch.equal(convs[0][i].weight, convs[1][j].weight)
+    assert torch.equal(student.classifier[6].weight, teacher.classifier[6].weight)

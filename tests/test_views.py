@@ -1,12 +1,13 @@
 "Epochs that come again to the bit, and what a cache makes of them"
 import random, warnings
+from functools import partial
 import numpy as np, pytest, torch
 from torch import nn
 from torch.utils.data import TensorDataset
 from fastai.vision.all import (Callback, CancelBatchException, CategoryBlock, CrossEntropyLossFlat, CutMix, DataBlock, DataLoader, DataLoaders, ImageBlock, IndexSplitter, ItemGetter, Learner,
                                MixUp, RandomResizedCrop, Resize, WeightedDL, accuracy, aug_transforms, set_seed)
 from fastai.callback.data import WeightedDL
-from fastkd.all import Attention, Cache, FitNet, KnowledgeDistillationCallback as KD, SoftTarget, Teacher, Views
+from fastkd.all import Attention, Cache, FitNet, KnowledgeDistillationCallback as KD, PKT, RKD, SoftTarget, Teacher, Views
 
 rng = np.random.default_rng(0)
 images = [(rng.integers(0, 256, (20,20,3)).astype('uint8'), str(i%2)) for i in range(30)]
@@ -219,3 +220,19 @@ def test_activations_of_views_are_kept(loss, tmp_path):
         with learn.no_bar(), learn.no_logging(): learn.fit(4, 1e-3, cbs=[watch, kd, MixUp(.4)])
         assert watch.asked[1 if not first else 2:] == [0]*(3 if not first else 2)
         assert watch.asked[0] >= 24 if first else watch.asked[0] <= 20  # to find out where the layers have their channels
+
+@pytest.mark.parametrize('loss,rows', [(RKD,8), (PKT,8), (partial(RKD, pool=False),8*5*5), ([RKD(),FitNet()],8*5*5), ([RKD(),PKT()],8)])
+@pytest.mark.parametrize('axis', [None,1])
+def test_what_is_only_looked_at_as_a_mean_is_kept_as_one(loss, rows, axis):
+    "as the loss's contract says; the fit is that of a live teacher, up to half precision"
+    teacher = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+    losses,values,start = [l if isinstance(l, nn.Module) else l() for l in (loss if isinstance(loss, list) else [loss])],[],student(width=8).state_dict()
+    cache = Cache(views=1)
+    for c in cache,None:
+        for l in losses: l.channel_axis = axis
+        kd,model = KD(Teacher(teacher, cache=c), losses, '0', '0'),student(width=8)
+        model.load_state_dict(start)
+        fitted(photographs(), 3, [kd, *([] if c else [Views(1)])], model)
+        values.append(np.array([*kd.curves['train'].values()]))
+    assert [np.prod(o.shape) for o in cache.stores.values()] == [rows]
+    np.testing.assert_allclose(*values, rtol=2e-2, atol=2e-3)

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest, torch
 from torch import nn
 from torch.utils.data import TensorDataset
-from fastai.basics import Callback, DataLoaders
+from fastai.basics import Callback, DataLoader, DataLoaders
 from fastai.callback.channelslast import *
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixUp
@@ -255,6 +255,43 @@ def test_mixup_on_the_device(device):
     learn.model.conv1.register_forward_pre_hook(lambda m,i: xs['student'].append(i[0].clone()) if m.training else None)
     learn.fit(1, cbs=[MixUp(), kd])
     assert len(xs['teacher']) == 3 and all(torch.equal(a, b) and a.device.type == device for a,b in zip(*xs.values()))
+
+# what comes again, and where a student starts
+
+@devices
+@pytest.mark.parametrize('place', ['memory','folder'])
+def test_views_repeat_what_is_drawn_on_the_device(device, place, tmp_path):
+    "augmentation on the card, MixUp and rows without labels come again to the bit, and the cache knows them; what the student draws does not come again"
+    class Noise(Callback):
+        order = 5
+        def before_batch(self):
+            if self.training: self.learn.xb = (self.x + torch.randn_like(self.x),)
+    class Seen(Callback):
+        order = 1001
+        def __init__(self): self.inputs,self.own,self.rows,self.teacher = [],[],[],0
+        def before_train(self): self.teacher = 0
+        def before_batch(self):
+            if self.training:
+                self.inputs.append(self.x.cpu())
+                self.own.append(torch.rand(1, device=device).item())
+        def after_train(self): self.rows.append(self.teacher)
+    seen,model,learn = Seen(),teacher(),learner_on(device)
+    def count(m, args): seen.teacher += len(args[0])
+    model.register_forward_pre_hook(count)
+    more = DataLoader([(torch.randn(1, 8, 8),) for _ in range(24)], bs=8, shuffle=True, num_workers=0, device=torch.device(device))
+    cache = Cache(tmp_path if place == 'folder' else None, views=2)
+    learn.fit(5, cbs=[KD(Teacher(model, cache=cache), SoftTarget, unlabeled=more), Noise(), MixUp(.4), seen])
+    n = len(seen.inputs)//5
+    epochs = [seen.inputs[i*n:(i+1)*n] for i in range(5)]
+    assert all(map(torch.equal, epochs[0], epochs[2])) and all(map(torch.equal, epochs[1], epochs[3])) and not torch.equal(epochs[0][0], epochs[1][0])
+    assert seen.rows[1] == 16*n and seen.rows[2:] == [0,0,0] and len(set(seen.own)) == len(seen.own)
+
+@devices
+def test_a_student_starts_from_a_teacher_elsewhere(device):
+    learn,other = learner_on(device),teacher()  # the teacher is on the CPU
+    init_from_teacher(learn, other)
+    assert torch.equal(learn.model.conv1.weight.cpu(), other.conv1.weight[[0,1,3,4]]) and learn.model.conv1.weight.device.type == device
+    learn.fit(1)
 
 # what is left
 

@@ -236,3 +236,13 @@ def test_what_is_only_looked_at_as_a_mean_is_kept_as_one(loss, rows, axis):
         values.append(np.array([*kd.curves['train'].values()]))
     assert [np.prod(o.shape) for o in cache.stores.values()] == [rows]
     np.testing.assert_allclose(*values, rtol=2e-2, atol=2e-3)
+
+@pytest.mark.parametrize('place', ['memory','folder'])
+def test_the_start_line_says_how_much_room_the_cache_takes(place, tmp_path, capsys):
+    "items × views × bytes of a row, before any of it is written but the first batch"
+    dls = photographs()
+    learn = Learner(dls, student(), CrossEntropyLossFlat())
+    cache = Cache(tmp_path if place == 'folder' else None, views=1000)
+    with learn.no_bar(): learn.fit(1, 1e-3, cbs=KD(Teacher(student(width=8), cache=cache), FitNet, '0', '0'))
+    mb = 30*1000*(8*5*5*2 + 16)/1e6  # half precision, and 16 bytes for the key and the checksum
+    assert f"the cache takes up to {mb:.0f} MB {'on disk' if place == 'folder' else 'in memory'}" in capsys.readouterr().out

@@ -13,6 +13,7 @@ from .objective import Objective, suited_loss
 from .online_teachers import average_gradients
 from .session import OwnEvents, Result, Session, as_pairs, autocast_left
 from .teacher import Teacher
+from .unlabeled import checked_items
 
 # %% auto #0
 __all__ = ['KnowledgeDistillationCallback']
@@ -43,7 +44,7 @@ class KnowledgeDistillationCallback(OwnEvents):
         self.weighting = dict(weight=weight, label_weight=label_weight, schedule=schedule)
         self.objective = None if loss is None else Objective(loss, **self.weighting)
         self.named_pairs,self.task_settings = as_pairs(activations_student, activations_teacher),dict(axis=axis, ignore_index=ignore_index)
-        self.unlabeled,self.session,self.result,self.loaded_state = unlabeled,None,None,None
+        self.unlabeled,self.session,self.result,self.loaded_state = checked_items(unlabeled),None,None,None
 
     def before_fit(self):
         "Open a session; `validate`, `tta` and `with learn` send this event too, also inside a fit"

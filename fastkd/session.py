@@ -378,6 +378,7 @@ def run_teacher(self:Session, terms):
 def unhook(self:Session):
     "Take the hooks off, first in `after_pred`, before anybody else can run the student"
     if self.student_hooks is not None: self.student_hooks.__exit__()
+    self.unlabeled.take_away()
 
 # %% ../nbs/03b_session.ipynb #981f2fc0
 @patch

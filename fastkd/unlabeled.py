@@ -4,39 +4,70 @@
 
 # %% ../nbs/02f_unlabeled.ipynb #unl00005
 from __future__ import annotations
-import random, warnings
-from types import SimpleNamespace
+import warnings
+from pathlib import Path
+from types import MethodType, SimpleNamespace
 import torch
 from torch import Tensor
-from fastai.basics import find_bs, find_device, num_distrib, rank_distrib, to_device, tuplify
+from torch.utils.data import DataLoader as TorchLoader, RandomSampler, SequentialSampler
+from fastai.basics import DataLoaders, find_bs, find_device, no_random, num_distrib, rank_distrib, to_device, tuplify
 from fastai.callback.mixup import MixHandler
-from fastai.text.data import TensorText
+from fastai.text.data import LMDataLoader, TensorText
 from .cache import map_leaves, tensors_of
+from .teacher import logits_of
 from .views import OwnEvents, Views, seed_loader
 
 # %% auto #0
-__all__ = ['unlabeled_loader', 'mixed', 'joined', 'texts_joined', 'padded_texts', 'Unlabeled']
+__all__ = ['is_loader', 'checked_items', 'loader_of', 'shuffles', 'unlabeled_loader', 'mixed', 'joined', 'texts_joined',
+           'padded_texts', 'Unlabeled']
 
 # %% ../nbs/02f_unlabeled.ipynb #unl00008
+def is_loader(o): return hasattr(o, 'one_batch') or isinstance(o, TorchLoader)
+
+def checked_items(
+    items # What was given as `unlabeled`
+):
+    "A loader, or a collection of items. Raises `TypeError` for what is neither."
+    if items is None or (is_loader(items) and not isinstance(items, DataLoaders)): return items
+    if isinstance(items, (str,Path,DataLoaders)) or not hasattr(items, '__iter__'):
+        raise TypeError(f"`unlabeled` is a list of items, such as `get_image_files(path)`, or a loader, such as `dls.train`; got {type(items).__name__}.")
+    return items if hasattr(items, '__len__') and hasattr(items, '__getitem__') else list(items)
+
+def loader_of(items, dls):
+    "A loader like the one for training, of other items"
+    dl = dls.test_dl(items)
+    for o in (dl.dataset, getattr(dl.dataset, 'tfms', None), *[t for tl in getattr(dl.dataset, 'tls', ()) for t in (tl,tl.tfms)]):
+        if 'split_idx' in getattr(o, '__dict__', ()): o.split_idx = 0  # the transforms of training
+    # a table is read by a transform of its own
+    own = {} if hasattr(dl.dataset, 'procs') else {n: o for n in ('after_item','before_batch','after_batch') if not isinstance(o := getattr(dls.train, n, None), (MethodType,type(None)))}
+    return dl.new(bs=min(getattr(dls.train, 'bs', None) or 64, len(items)), shuffle=True, drop_last=True, **own)
+
+def shuffles(dl) -> bool:
+    "Does a loader shuffle, as far as it tells?"
+    sampler = getattr(getattr(dl, 'batch_sampler', None), 'sampler', None)
+    return not (getattr(dl, 'indexed', True) and getattr(dl, 'shuffle', None) is False or isinstance(sampler, SequentialSampler))
+
 def unlabeled_loader(
     items, # A list of items as `dls.test_dl` takes them, or a loader
     dls # The student's `DataLoaders`
 ):
-    "A loader of rows without labels. Raises `ValueError` if there are none, or if the student's loaders cannot make one of a list of items."
-    if not (hasattr(items, 'one_batch') or isinstance(items, torch.utils.data.DataLoader)):
-        if not len(items): raise ValueError("`unlabeled` is an empty list.")
-        try: dl = dls.test_dl(items)
-        except Exception as e:
-            raise ValueError(f"The student's loaders make no batches of the items in `unlabeled` ({type(e).__name__}: {e}): give a loader that shuffles.") from e
-        for o in (dl.dataset, *getattr(dl.dataset, 'tls', ()), *[tl.tfms for tl in getattr(dl.dataset, 'tls', ())], getattr(dl.dataset, 'tfms', None)):
-            if hasattr(o, 'split_idx') and 'split_idx' in vars(o): o.split_idx = 0  # the transforms of training
-        bs = min(getattr(dls.train, 'bs', None) or 64, len(items))
-        return dl.new(bs=bs, shuffle=True, drop_last=True)
-    sampler = getattr(items, 'sampler', None)
-    if getattr(items, 'shuffle', None) is False or isinstance(sampler, torch.utils.data.SequentialSampler):
-        warnings.warn("The loader in `unlabeled` does not shuffle, so each epoch shows its first batches again (and `dls.test_dl` has the transforms of validation): "
-                      "give a list of items, or `dl.new(shuffle=True)`.")
-    return items
+    """A loader of rows without labels; random streams stay as they are.
+
+    Raises `ValueError` if there are none, or if the student's loaders cannot make one of a list of items."""
+    if isinstance(getattr(dls, 'train', None), LMDataLoader): raise ValueError("A language model needs no labels: add the texts in `unlabeled` to its training set.")
+    if is_loader(items):
+        if not shuffles(items):
+            warnings.warn("The loader in `unlabeled` does not shuffle, so the same rows always come together (and `dls.test_dl` has the transforms of validation): "
+                          "give a list of items, or `dl.new(shuffle=True)`.")
+        return items
+    if not len(items): raise ValueError("`unlabeled` is an empty list.")
+    with no_random(reproducible=False):
+        try:
+            dl = loader_of(items, dls)
+            dl.one_batch()
+        except Exception as e:  # of whatever transforms there are
+            raise ValueError(f"The student's loaders make no batch of the items in `unlabeled` ({type(e).__name__}: {e}): give a loader that shuffles.") from e
+    return dl
 
 # %% ../nbs/02f_unlabeled.ipynb #unl00010
 def mixed(
@@ -47,7 +78,7 @@ def mixed(
     learn,n = cb.learn,find_bs(xb)
     if n < 2: return xb  # there is no other row to mix with
     kept,batch,share = dict(vars(cb)),(learn.xb,learn.yb),cb.lam.reshape(-1)
-    learn.xb,learn.yb = xb,(torch.zeros(n, device=find_device(xb)),)
+    learn.xb,learn.yb = tuple(map_leaves(lambda o: o.clone() if isinstance(o, Tensor) else o, list(xb))),(torch.zeros(n, device=find_device(xb)),)
     cb.distrib = SimpleNamespace(sample=lambda shape: share[torch.arange(shape[0]) % len(share)].cpu())
     try:
         cb.before_batch()
@@ -62,12 +93,12 @@ def joined(
 ) -> tuple:
     "The rows of `a`, and behind them those of `b`. Raises `ValueError` if their shapes differ."
     ours,theirs = tensors_of(a),tensors_of(b)
-    if [x.shape[1:] for x in ours] != [x.shape[1:] for x in theirs]:
-        shapes = [', '.join(str(tuple(x.shape[1:])) for x in o) for o in (theirs,ours)]
-        raise ValueError(f"Rows in `unlabeled` have the shape {shapes[0]}, and those of the training batch {shapes[1]}: make them alike, "
+    kinds = [[f"{tuple(x.shape[1:])} of {'real' if x.is_floating_point() else 'whole'} numbers" for x in o] for o in (theirs,ours)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"Rows in `unlabeled` have the shape {', '.join(kinds[0])}, and those of the training batch {', '.join(kinds[1])}: make them alike, "
                          "e.g. images of one size, or texts padded to one length.")
     more = iter(theirs)
-    return tuple(map_leaves(lambda o: torch.cat([o, next(more).to(o)]) if isinstance(o, Tensor) and o.ndim else o, list(a)))
+    return tuple(map_leaves(lambda o: torch.cat([o, next(more).to(o).as_subclass(type(o))]) if isinstance(o, Tensor) and o.ndim else o, list(a)))
 
 # %% ../nbs/02f_unlabeled.ipynb #unl00012
 def texts_joined(
@@ -91,19 +122,29 @@ def padded_texts(dl, *xbs):
 class Unlabeled(OwnEvents):
     "Rows without labels join each training batch, and leave it after the student's forward pass."
     order,run_valid = 890,False  # after what mixes and converts, and while `Views` repeats the random streams
+    name = 'rows_without_labels'  # of the learner's attribute
+    __setattr__ = object.__setattr__  # fastai's would look for each name in the learner and its model
     def __init__(self,
         dl, # Yields them, with labels or without
         wanted:callable, # Does any distillation term count for the present batch?
         views:Views=None # Views that repeat them
     ):
         self.dl,self.wanted,self.views = dl,wanted,views
-        self.batches,self.rows,self.output = None,None,None  # `rows`: positions of the labeled rows in the present batch, `None` if no other joined; `output`: the student's for all rows
+        self.batches,self.shares = None,{}  # `shares`: what each mixing callback last mixed with
+        self.rows,self.output = None,None  # `rows`: positions of the labeled rows in the present batch, `None` if no other joined; `output`: the student's for all rows
 
     def before_train(self):
-        "Begin the loader anew"
-        if self.views is not None: self.views.begin(self.dl)
-        elif num_distrib() > 1: seed_loader(self.dl, random.getrandbits(31) + rank_distrib())
+        "Begin the loader, with views in each epoch"
+        if self.views is None and self.batches is not None: return
+        if num_distrib() > 1: self.part_from_other_processes()
+        if self.views is not None: self.views.begin(self.dl, rank_distrib())
         self.batches = self.endless()
+
+    def part_from_other_processes(self):
+        "Let each process shuffle by itself"
+        sampler = getattr(self.dl, 'sampler', None)
+        if isinstance(sampler, RandomSampler) and sampler.generator is None: sampler.generator = torch.Generator()
+        seed_loader(self.dl, torch.initial_seed() % 2**31 + rank_distrib())
 
     def endless(self):
         "Inputs of batch after batch, from the beginning again at the end"
@@ -114,22 +155,34 @@ class Unlabeled(OwnEvents):
                 yield tuplify(b)[:len(self.learn.xb)]
             if empty: raise ValueError("The loader in `unlabeled` has no batch.")
 
+    def next_rows(self):
+        "Inputs of the next rows, on the device of the labeled ones, and mixed if those are"
+        device = find_device(self.learn.xb)
+        with torch.autocast(device.type, enabled=False): more = to_device(next(self.batches), device)  # transforms run outside of it elsewhere, too
+        for cb in self.learn.cbs.sorted('order'):
+            share = vars(cb).get('lam') if isinstance(cb, MixHandler) else None
+            if share is not None and share is not self.shares.get(cb): more = mixed(cb, more)  # else it did not mix this batch
+            self.shares[cb] = share
+        return more
+
     def before_batch(self):
         "Join the next rows"
         self.rows,self.output = None,None
         if not self.wanted(): return
-        labeled,more = self.learn.xb,to_device(next(self.batches), find_device(self.learn.xb))
-        for cb in self.learn.cbs:
-            if isinstance(cb, MixHandler): more = mixed(cb, more)
-        if padded_texts(self.learn.dl, labeled, more): self.learn.xb,self.rows = texts_joined(*labeled, *more, self.learn.dl)
+        labeled,more = self.learn.xb,self.next_rows()
+        dl = getattr(self.learn.dl, 'dl', self.learn.dl)  # of a distributed one
+        if padded_texts(dl, labeled, more): self.learn.xb,self.rows = texts_joined(*labeled, *more, dl)
         else: self.learn.xb,self.rows = joined(labeled, more),slice(find_bs(labeled))
         self.labeled,self.n = labeled,find_bs(self.learn.xb)
 
-    def after_pred(self):
-        "Take them away"
+    def take_away(self):
+        "Leave the labeled rows, right after the forward pass"
         if self.rows is None: return
         self.output = self.learn.pred
         self.learn.pred,self.learn.xb = self.of_labeled(self.output),self.labeled
+        if len(logits_of(self.learn.pred)) != find_bs(self.labeled):
+            raise ValueError(f"The student's output for {self.n} rows has the shape {tuple(logits_of(self.output).shape)}, in which the labeled ones cannot be told "
+                             "from those in `unlabeled`: it needs a tensor with a row for each, alone or in a tuple or a dictionary.")
 
     def of_labeled(self, o):
         "What belongs to the labeled rows"
@@ -142,5 +195,5 @@ class Unlabeled(OwnEvents):
         filled[self.rows] = target
         return filled
 
-    def after_train(self): self.batches,self.output = None,None
-    def after_cancel_train(self): self.after_train()
+    def after_cancel_batch(self):
+        if self.rows is not None: self.learn.xb = self.labeled

@@ -58,9 +58,9 @@ class Views(OwnEvents):
         self.begin(self.learn.dl)
         self.at(0)
 
-    def begin(self, dl):
-        "Let a loader begin as in each epoch of the present view"
-        seed_loader(dl, _seed_of(self.seed, self.view))  # the same for all processes, which share one order
+    def begin(self, dl, *process):
+        "Let a loader begin as in each epoch of the present view: equal in all processes, which share one order, or with a number for each"
+        seed_loader(dl, _seed_of(self.seed, self.view, *process))
 
     def before_batch(self):
         if not self.training: return

@@ -2,16 +2,17 @@
 import random
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import TensorDataset
-from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, SGD, accuracy, noop, set_seed
+from fastai.basics import Callback, CancelBatchException, CrossEntropyLossFlat, DataLoader, DataLoaders, L, Learner, SGD, Transform, accuracy, noop, set_seed
 from fastai.callback.all import CutMix, GradientAccumulation, MixUp, ModelResetter, RNNCallback
 from fastai.text.all import AWD_LSTM, TextDataLoaders, TensorText, get_text_classifier
-from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, IndexSplitter, ItemGetter, RandomResizedCrop, aug_transforms
-from fastkd.all import Cache, DecoupledKD, EMATeacher, FitNet, KnowledgeDistillationCallback as KD, Logits, Mutual, NormalizedKD, PeerTeacher, SoftTarget, Teacher, compare
+from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, IndexSplitter, ItemGetter, RandomResizedCrop, TensorImage, aug_transforms
+from fastkd.all import Cache, DecoupledKD, EMATeacher, FitNet, KnowledgeDistillationCallback as KD, Logits, Mutual, NormalizedKD, PeerTeacher, SoftTarget, Teacher, Views, compare
 from fastkd.unlabeled import mixed, texts_joined, unlabeled_loader
 
 g = torch.Generator().manual_seed(0)
@@ -256,13 +257,18 @@ def test_views_repeat_them_too(place, tmp_path):
     assert watch[1] == 16 and watch[2:] == [0,0,0] and watch[0] in (16,17,20,24,32), watch
     assert [torch.equal(a, b) for a,b in zip(seen.inputs[:1], seen.inputs[2:3])] == [True]
 
-def test_each_process_has_its_own(monkeypatch):
+@pytest.mark.parametrize('views', [False,True])
+@pytest.mark.parametrize('make', [lambda: rows(bs=32), lambda: torch.utils.data.DataLoader(TensorDataset(u), 32, shuffle=True)])
+def test_each_process_has_its_own(make, views, monkeypatch):
     import fastkd.unlabeled as U
+    monkeypatch.setattr(U, 'num_distrib', lambda: 2)
     orders = []
     for rank in range(2):
-        monkeypatch.setattr(U, 'num_distrib', lambda: 2); monkeypatch.setattr(U, 'rank_distrib', lambda: rank)
-        random.seed(0)
-        cb = U.Unlabeled(rows(bs=32), lambda: True)
+        monkeypatch.setattr(U, 'rank_distrib', lambda: rank)
+        set_seed(0)
+        v = Views(2) if views else None
+        if views: v.view = 0
+        cb = U.Unlabeled(make(), lambda: True, v)
         cb.learn = SimpleNamespace(xb=(x,))
         cb.before_train()
         orders.append(next(cb.batches)[0])
@@ -292,7 +298,7 @@ def test_texts():
                 all_rows = [r[r != 1].tolist() for r in self.whole]
                 assert len(self.whole) == 12 and len(self.x) == len(self.pred) == 6 and all(r in all_rows for r in rows)
                 assert sorted(map(len, all_rows), reverse=True) == list(map(len, all_rows))
-                for r,p in zip(rows, self.pred): assert any(torch.equal(p, o) and r == q for o,q in zip(self.learn.unlabeled.output, all_rows))
+                for r,p in zip(rows, self.pred): assert any(torch.equal(p, o) and r == q for o,q in zip(self.learn.rows_without_labels.output[0], all_rows))
     fit(learn, KD(model(1), SoftTarget, unlabeled=df[24:]), cbs=[Look()], lr=1e-3)
     a,b = next(iter(dls.train))[0],TensorText(torch.tensor([[5,6,7,8],[9,8,7,6]]))
     (whole,),pos = texts_joined(a, b, dls.train)
@@ -312,12 +318,12 @@ def test_inputs_in_dictionaries():
     assert sizes == [16]*3
 
 def test_other_shapes_are_refused():
-    with pytest.raises(ValueError, match=r'\(4,\), and those of the training batch \(5,\)'): fit(learner(), KD(net(1), SoftTarget, unlabeled=rows(items=[(o[:4],) for o in u])))
+    with pytest.raises(ValueError, match=r'\(4,\) of real numbers, and those of the training batch \(5,\)'): fit(learner(), KD(net(1), SoftTarget, unlabeled=rows(items=[(o[:4],) for o in u])))
 
-@pytest.mark.parametrize('items,word', [([],'empty list'), (rows(items=[]),'no batch'), ([object()]*3,'shuffles')])
+@pytest.mark.parametrize('items,word', [([],'empty list'), (rows(items=[]),'no batch'), ([object()]*3,'make no batch')])
 def test_nothing_to_join_is_refused(items, word):
-    dls = photographs() if word == 'shuffles' else data()
-    model = convnet() if word == 'shuffles' else net()
+    dls = photographs() if word == 'make no batch' else data()
+    model = convnet() if word == 'make no batch' else net()
     with pytest.raises(ValueError, match=word): fit(Learner(dls, model, CrossEntropyLossFlat()), KD(deepcopy(model), SoftTarget, unlabeled=items))
 
 def test_a_peer_is_refused():
@@ -442,3 +448,140 @@ def test_a_rate_is_used(tmp_path):
     from fastkd.experiments.compare import run_recipe
     a = run_recipe('digits', ['none','none(lr=0.001)'], 1, 1, 1, out=tmp_path, show=False)
     assert [r.settings['fit']['lr'] for r in a.runs] == [.01,.001] and a.runs[0].value != a.runs[1].value
+
+# found by a stranger who tried to break it
+
+def test_a_list_at_weight_0_leaves_the_random_streams_alone():
+    fits = []
+    for kd in None,KD(convnet(1), SoftTarget, weight=0, unlabeled=pictures[16:]):
+        set_seed(0)
+        learn = Learner(photographs(), convnet(), CrossEntropyLossFlat())
+        set_seed(1)
+        fit(learn, kd, 2)
+        fits.append([p.detach().clone() for p in learn.model.parameters()])
+    assert all(map(torch.equal, *fits))
+
+class Later(Callback):
+    "Lets MixUp begin in the second epoch"
+    order = -5
+    def __init__(self, mixer): self.mixer = mixer
+    def before_epoch(self): self.mixer.run = self.epoch == 1
+
+@pytest.mark.parametrize('mixer', [MixUp,CutMix])
+def test_what_does_not_mix_a_batch_does_not_mix_these(mixer):
+    dls = DataLoaders(*[DataLoader([(torch.full((1,8,8), 10.+i), torch.tensor(i%3)) for i in range(8)], bs=8, num_workers=0)]*2, device='cpu')
+    more = DataLoader([(torch.full((1,8,8), 1000.*(i+1)),) for i in range(8)], bs=8, shuffle=True, num_workers=0)
+    torch.manual_seed(0)
+    model,cb = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)),mixer(1.)
+    seen = fit(Learner(dls, model, CrossEntropyLossFlat()), KD(deepcopy(model), SoftTarget, unlabeled=more), cbs=[cb, Later(cb)], lr=0., epochs=3)
+    whole = [sorted(xb[8:].flatten(1).mean(1).tolist()) == [1000.*(i+1) for i in range(8)] for xb in seen.inputs]
+    assert whole == [True,False,True]
+
+class Brighter(Transform):
+    split_idx,order = 0,200
+    def encodes(self, o:TensorImage): return o*0 + 7
+
+def test_the_transforms_of_the_training_loader_alone():
+    dls = photographs()
+    dls.add_tfms([Brighter()], 'after_batch', loaders='train')
+    assert unlabeled_loader(pictures[16:], dls).one_batch()[0].unique().tolist() == [7.]
+
+def test_transforms_run_outside_of_autocast():
+    class Watch(Transform):
+        def encodes(self, o:TensorImage):
+            found.append(torch.is_autocast_enabled('cpu'))
+            return o
+    from fastkd.experiments.training import Bfloat16
+    dls,found = photographs(),[]
+    dls.device = torch.device('cpu')
+    dls.add_tfms([Watch()], 'after_batch')
+    fit(Learner(dls, convnet(), CrossEntropyLossFlat()), KD(convnet(1), SoftTarget, unlabeled=pictures[16:]), cbs=[Bfloat16()])
+    assert found and not any(found)
+
+def test_inputs_keep_the_type_of_the_labeled_ones():
+    kinds = [{type(o) for o in fit(Learner(photographs(), convnet(), CrossEntropyLossFlat()), KD(convnet(1), SoftTarget, unlabeled=items)).inputs} for items in (None,pictures[16:])]
+    assert kinds[0] == kinds[1]
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self): return ((torch.full((5,), float(i)),) for i in range(64))
+
+@pytest.mark.parametrize('make', [lambda: torch.utils.data.DataLoader(Stream(), 8), lambda: DataLoader(Stream(), bs=8, num_workers=0)])
+def test_a_stream_goes_on(make, recwarn):
+    seen = fit(learner(data(n=8)), KD(net(1), SoftTarget, unlabeled=make()), epochs=8)
+    assert torch.cat([xb[8:,0] for xb in seen.inputs]).tolist() == list(range(64))
+    assert not [w for w in recwarn if 'shuffle' in str(w.message)]
+
+def test_a_batch_sampler_that_shuffles(recwarn):
+    batches = torch.utils.data.BatchSampler(torch.utils.data.RandomSampler(u), 8, False)
+    unlabeled_loader(torch.utils.data.DataLoader(TensorDataset(u), batch_sampler=batches), None)
+    assert not [w for w in recwarn if 'shuffle' in str(w.message)]
+
+def test_an_output_without_rows_is_refused():
+    class Flat(nn.Module):
+        def __init__(self): super().__init__(); self.net = net()
+        def forward(self, x): return self.net(x[:,None].repeat(1, 2, 1)).flatten(0, 1)
+    model = Flat()
+    with pytest.raises(ValueError, match='a row for each'): fit(learner(model=model), KD(deepcopy(model), SoftTarget, unlabeled=rows()))
+
+def test_whole_numbers_do_not_join_real_ones():
+    with pytest.raises(ValueError, match='of whole numbers'): fit(learner(), KD(net(1), SoftTarget, unlabeled=rows(items=[(torch.arange(5),) for _ in range(16)])))
+
+def test_what_the_loader_holds_stays():
+    held = torch.rand(8, 3, 12, 12)
+    more = DataLoader([(held,)], bs=None, shuffle=True, num_workers=0)
+    before = held.clone()
+    fit(Learner(photographs(), convnet(), CrossEntropyLossFlat()), KD(convnet(1), SoftTarget, unlabeled=more), cbs=[CutMix()], epochs=2)
+    assert torch.equal(held, before)
+
+@pytest.mark.parametrize('order', [0,-1,5,1100])
+def test_a_callback_of_any_place_sees_the_labeled_rows_after_the_forward(order):
+    class Look(Callback):
+        def after_pred(self):
+            if self.training: sizes.append((len(self.x), len(self.pred), len(self.y)))
+    look,sizes = Look(),[]
+    look.order = order
+    fit(learner(), KD(net(1), SoftTarget, unlabeled=rows()), cbs=[look])
+    assert sizes == [(8,8,8)]*3
+
+@pytest.mark.parametrize('event', ['before_batch','after_pred','after_loss'])
+def test_a_cancelled_batch(event):
+    class Cancel(Callback):
+        order = 995
+        def after_batch(self): sizes.append(len(self.x))
+    def cancel(self):
+        if self.training and self.iter == 1: raise CancelBatchException
+    setattr(Cancel, event, cancel)
+    learn,sizes = learner(),[]
+    learn.recorder.train_metrics = True
+    seen = fit(learn, KD(net(1), SoftTarget, unlabeled=rows()), cbs=[Cancel()])
+    assert set(sizes) == {8} and len(seen.inputs) == 3
+
+def test_a_language_model_is_refused():
+    import pandas as pd
+    df = pd.DataFrame(dict(text=['a b c d e f g h']*20))
+    dls = TextDataLoaders.from_df(df, text_col='text', is_lm=True, bs=4, seq_len=8, num_workers=0)
+    with pytest.raises(ValueError, match='needs no labels'): unlabeled_loader(df, dls)
+
+def test_names_of_the_user_stay(recwarn):
+    learn = learner()
+    learn.unlabeled = 'mine'
+    learn.model.output = learn.model.rows = 1
+    fit(learn, KD(net(1), SoftTarget, unlabeled=rows()))
+    assert learn.unlabeled == 'mine' and not hasattr(learn, 'rows_without_labels') and not [w for w in recwarn if 'shadowing' in str(w.message)]
+
+@pytest.mark.parametrize('items', ['a/path', Path('a/path'), 3, DataLoaders(rows(), rows())])
+def test_what_is_no_list_of_items_is_refused(items):
+    with pytest.raises(TypeError, match='list of items'): KD(net(1), SoftTarget, unlabeled=items)
+
+@pytest.mark.parametrize('make', [lambda o: iter(o), set, lambda o: (p for p in o), tuple, L])
+def test_items_of_any_collection(make):
+    items = [(o,) for o in u]
+    kd = KD(net(1), SoftTarget, unlabeled=make(items))
+    for _ in range(2):
+        seen = fit(learner(), kd)
+        assert [len(o) for o in seen.inputs] == [16]*3
+
+@pytest.mark.parametrize('share', ['0.5',.999,True])
+def test_a_share_that_leaves_nothing(share):
+    from fastkd.experiments.recipes import digits_data
+    with pytest.raises(ValueError, match='share of the 400 training rows'): digits_data().with_labels(share)

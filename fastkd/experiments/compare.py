@@ -22,9 +22,10 @@ from ..callback import KnowledgeDistillationCallback
 from .. import metrics as _metrics  # `teacher_metrics`
 from ..layers import rewound
 from ..methods import as_methods, checked_count, contents, method as as_method
+from ..session import number_of_items
 from ..start import init_from_teacher
 from ..teacher import Teacher
-from ..unlabeled import unlabeled_loader
+from ..unlabeled import checked_items, is_loader, unlabeled_loader
 from ..views import Views, seed_loader
 from .recipes import Parts, Recipe, find_recipe
 from .records import Results, Run, fingerprint, model_layout, named_function, provenance, same_settings
@@ -91,7 +92,10 @@ class Experiment:
             teacher_fit={}, on='validation' if self.test is None else 'test', more=self.rows_without_labels)
 
     @property
-    def rows_without_labels(self): return {} if self.unlabeled is None else dict(unlabeled=len(getattr(self.unlabeled, 'dataset', self.unlabeled)))
+    def rows_without_labels(self):
+        "How many, for a record"
+        if self.unlabeled is None: return {}
+        return dict(unlabeled=number_of_items([self.unlabeled]) if is_loader(self.unlabeled) else len(self.unlabeled))
 
     def fit_settings(self, method): return dict(epochs=self.epochs_of(method), lr=str(method.lr or self.lr), fit=getattr(self.fit, '__name__', ''))
     def fit_for(self, method):
@@ -641,7 +645,7 @@ def compare(
     check_make_student(make_student)
     check_teacher(teacher)
     check_test(test)
-    e = Experiment(make_student, teacher, Results(Path(out or 'runs/compare')/'results.jsonl'), epochs, None if lr is None else float(lr) if isinstance(lr, numbers.Real) else lr, fit, test, metric, better, layers, str(name), unlabeled=unlabeled, views=None if views is None else Views(views).n)
+    e = Experiment(make_student, teacher, Results(Path(out or 'runs/compare')/'results.jsonl'), epochs, None if lr is None else float(lr) if isinstance(lr, numbers.Real) else lr, fit, test, metric, better, layers, str(name), unlabeled=checked_items(unlabeled), views=None if views is None else Views(views).n)
     e.scale  # raises for a metric that there is not
     if executor is not None and (isinstance(executor, ThreadPoolExecutor) or not hasattr(executor, 'submit')):
         raise ValueError("`executor` must run each call in a process of its own (threads would share one random stream), such as Dask's `client.get_executor()`.")

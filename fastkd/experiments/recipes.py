@@ -4,7 +4,7 @@
 
 # %% ../../nbs/06b_recipes.ipynb #bd45e04e
 from __future__ import annotations
-import random, re
+import numbers, random, re
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from functools import partial
@@ -121,8 +121,8 @@ class Parts:
     ) -> 'Parts':
         "Of each class a share of the training rows keep their labels; the others become `unlabeled`. Raises `ValueError` for a share of which nothing is left."
         xs,ys = self.train
-        n = round(share*len(ys)) if 0 < share < 1 else 0
-        if n < len(ys.unique()): raise ValueError(f"`labels` is the share of the {len(ys)} training rows that keep their labels, between 0 and 1, got {share}.")
+        n = round(share*len(ys)) if isinstance(share, numbers.Real) and 0 < share < 1 else 0
+        if not len(ys.unique()) <= n <= len(ys)-len(ys.unique()): raise ValueError(f"`labels` is the share of the {len(ys)} training rows that keep their labels, between 0 and 1, got {share!r}.")
         kept,rest = stratified(ys, n)
         take = lambda idxs: xs[idxs] if isinstance(xs, torch.Tensor) else [xs[i] for i in idxs]
         return replace(self, train=(take(kept), ys[kept]), unlabeled=take(rest))

@@ -15,7 +15,7 @@ from fastai.callback.core import Callback
 from fastai.layers import Lambda
 from .callback import KnowledgeDistillationCallback, not_exported
 from .feature_losses import Cosine
-from .layers import find_layer, first_tensor, on_device, resting, rewound, trace, undisturbed, unwrap
+from .layers import find_layer, first_tensor, layer_name, on_device, resting, rewound, trace, undisturbed, unwrap
 from .losses import as_loss, plain
 from .matching import first_batch
 from .session import as_pairs
@@ -143,15 +143,21 @@ not_exported.append(ValidationLoss)
 
 # %% ../nbs/09_bodies.ipynb #bod00017
 def body_losses(loss):
-    "The losses in `loss`. Raises `ValueError` for one that needs more than activations, or names layers of its own"
+    "The losses in `loss`. Raises `ValueError` for one that needs more than activations"
     losses = [as_loss(o) for o in (loss if isinstance(loss, (list,tuple,L)) else [loss])]
     for l in losses:
-        if l.layers:
-            raise ValueError(f"The loss {l.name} names layers of its own: name them for all losses, `distill_learner(..., layers={l.layers!r})`.")
         if l.needs_features and not l.needs_logits and not l.needs_labels and 'pred' not in l.needs: continue
         raise ValueError(f"The loss {l.name} does not compare activations, and a body has nothing else to compare: "
                          "use one such as `Cosine`, `FitNet` or `RKD`.")
     return losses
+
+def with_own_layers(loss, body, model, teacher):
+    "`loss`, its own layers, if it has any, by their names in `model`, which holds `body`, and in the teacher that runs"
+    if not loss.layers: return loss
+    loss,bare = copy.copy(loss),teacher.model if isinstance(teacher, Features) else teacher
+    pairs = as_pairs(*zip(*(loss.layers.items() if isinstance(loss.layers, dict) else loss.layers)))
+    loss.layers = [(layer_name(model, find_layer(body, s, 'body')), layer_name(teacher, find_layer(bare, t, 'teacher'))) for s,t in pairs]
+    return loss
 
 def body_layers(layers, body, teacher):
     "The pairs of layers to compare, the body's as modules; `(None, None)` if they are to be matched"
@@ -168,7 +174,7 @@ def distill_learner(
     dls, # `DataLoaders`, with labels, which are ignored, or without
     body, # What is trained: an `nn.Module` that returns features or maps, a function such as torchvision's `resnet18`, or a name of timm's
     teacher, # A trained body: an `nn.Module` that returns features or maps, a `Teacher`, or a `Learner`, of which the body is taken
-    loss=Cosine, # A loss on activations, or a list of them
+    loss=Cosine, # A loss on activations, or a list of them; each may have `layers` of its own
     layers=None, # Pairs of layers to compare, `{body's: teacher's}` or a list of pairs, or 'match'; left out, the pooled features
     weight=None, # Weight of the loss, 1 if left out; of several as for `KnowledgeDistillationCallback`
     schedule=None, # An annealer of training progress, multiplied into the weights
@@ -189,6 +195,7 @@ def distill_learner(
     if {id(p) for p in body.parameters()} & {id(p) for p in teacher.models[0].parameters()}:
         raise ValueError("The teacher is the body itself, or shares weights with it; give another model, or a copy of it (`copy.deepcopy`).")
     model = pooled(body, root_of(body, xb, 'body'))
+    losses = [with_own_layers(l, body, model, teacher.models[0]) for l in losses]
     kd = BodyDistillation(teacher, losses, *body_layers(layers, body, teacher.models[0]), weight=weight, label_weight=0, schedule=schedule)
     if not kd.objective.weight: raise ValueError("The weight of every loss is 0, so nothing is learned: a body has no other loss.")
     loss_func = partial(noop)  # is never asked; fastai's, so that an export loads without fastkd

@@ -72,6 +72,20 @@ def test_valid_loss_is_the_distillation_loss_by_hand():
     assert learn.recorder.losses[0].item() == pytest.approx(learn.body_distillation.curves['train']['kd_loss'][0], abs=1e-6)
     assert learn.recorder.metric_names == ['epoch','train_loss','valid_loss','kd_loss','time']
 
+@pytest.mark.parametrize('form', [dict, lambda d: list(d.items())])
+def test_losses_with_layers_of_their_own(form):
+    "beside the pooled features, by the names that the layers have in body and teacher"
+    dls,body,teacher = batches(shuffle=False, n=8),backbone(),backbone(seed=7)
+    by_hand,other = copy.deepcopy(body),copy.deepcopy(teacher).eval()
+    learn = distilled(dls, body, teacher, [Cosine(), Similarity(layers=form({'3': '0'}))], weight=[1.,2.])
+    learn.fit(1)
+    x = rows(dls)[0]
+    z,t = by_hand(x).mean((2,3)),other(x).mean((2,3))
+    gram = lambda a: F.normalize(a.flatten(1) @ a.flatten(1).T)
+    loss = cosine(z, t) + 2*F.mse_loss(gram(by_hand[:4](x)), gram(other[:1](x)))
+    for p,d in zip(by_hand.parameters(), torch.autograd.grad(loss, by_hand.parameters())): p.data -= .1*d
+    for p,q in zip(body.parameters(), by_hand.parameters()): torch.testing.assert_close(p, q)
+
 def test_batch_norm_of_a_loss_rests_in_validation():
     learns = [distilled(batches(n_valid=n, shuffle=False), body=backbone(), teacher=backbone(6, 7), loss=FitNet, layers={'3': '3'}) for n in (16, 8)]
     states = []
@@ -335,7 +349,8 @@ class Maps(nn.Module):
 @pytest.mark.parametrize('kwargs,error,says', [
     (dict(loss=SoftTarget), ValueError, 'The loss SoftTarget does not compare activations'),
     (dict(loss=[Cosine, Logits]), ValueError, 'The loss Logits does not compare activations'),
-    (dict(loss=RKD(layers={'1': '1'})), ValueError, r"`distill_learner\(..., layers=\{'1': '1'\}\)`"),
+    (dict(loss=RKD(layers={'conv7': '3'})), ValueError, "Layer 'conv7' of the body"),
+    (dict(loss=RKD(layers={'3': 'conv7'})), ValueError, "Layer 'conv7' of the teacher"),
     (dict(body=no_pool), ValueError, 'no_pool has no pooling layer'),
     (dict(body=3), TypeError, 'A body is'),
     (dict(body='resnet_of_nobody'), ValueError, "timm has no model 'resnet_of_nobody'"),

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from fastcore.basics import patch
 from fastai.basics import Learner, Metric, Recorder, TrainEvalCallback
+from fastai.metrics import AccumMetric, ActivationType
 from .callback import KnowledgeDistillationCallback, not_exported, original_of
 from .losses import logit_rows, mean_logits, plain, softmax_kl
 from .session import number_of_items
@@ -17,7 +18,7 @@ from .task import facts_of, find_task, labels_of
 from .teacher import Teacher, logits_of
 
 # %% auto #0
-__all__ = ['teacher_logits', 'TeacherMetric', 'TeacherAgreement', 'TeacherKL', 'TeacherModel']
+__all__ = ['teacher_logits', 'TeacherMetric', 'TeacherAgreement', 'TeacherKL', 'CalibrationError', 'TeacherModel']
 
 # %% ../nbs/04b_metrics.ipynb #15206ebc
 def teacher_logits(
@@ -116,6 +117,20 @@ class TeacherKL(TeacherMetric):
 
     0 for equal probabilities; otherwise as `TeacherAgreement`."""
     def compare(self, s, t): return softmax_kl(s, t)
+
+# %% ../nbs/04b_metrics.ipynb #agr00021
+def CalibrationError(
+    n_bins:int=15, # Number of bins of confidence
+    ignore_index:int=None # The label to leave out
+) -> Metric:
+    """The expected calibration error as a metric for any learner with classes on axis 1: how far the probability of the likeliest class is from the share of right decisions.
+
+    Between 0 and 1, from torchmetrics. Raises `ImportError` if it is not installed. Guo et al., ICML 2017, "On calibration of modern neural networks"."""
+    try: from torchmetrics.functional.classification import multiclass_calibration_error
+    except ModuleNotFoundError: raise ImportError("`CalibrationError` is torchmetrics': `pip install torchmetrics`.") from None
+    def calibration_error(probs, targs):
+        return multiclass_calibration_error(probs, targs, num_classes=probs.shape[1], n_bins=n_bins, ignore_index=ignore_index).item()
+    return AccumMetric(calibration_error, dim_argmax=1, activation=ActivationType.Softmax, flatten=False)
 
 # %% ../nbs/04b_metrics.ipynb #agr00017
 class TeacherModel(nn.Module):

@@ -3,7 +3,7 @@ import copy, math, pickle, subprocess, sys
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
-from fastai.basics import BCEWithLogitsLossFlat, CrossEntropyLossFlat, DataLoaders, MSELossFlat
+from fastai.basics import BCEWithLogitsLossFlat, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, MSELossFlat
 from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.mixup import MixUp
 from fastai.callback.tracker import SaveModelCallback
@@ -240,3 +240,26 @@ def test_what_is_no_teacher_is_refused():
     with pytest.raises(TypeError, match='A teacher is a trained model'): TeacherAgreement('resnet34')
     learn = learner(metrics=TeacherAgreement(net(classes=5)))
     with pytest.raises(ValueError, match='5'): learn.validate()
+
+# how sure it is
+
+def test_the_calibration_error_by_hand():
+    "over the whole set, and not the mean of batches"
+    pytest.importorskip('torchmetrics')
+    from fastkd.metrics import CalibrationError
+    z,y = torch.randn(90, 4, generator=torch.Generator().manual_seed(0))*2,torch.arange(90) % 4
+    dls = DataLoaders(*[DataLoader(list(zip(z, y)), bs=16, num_workers=0)]*2, device=torch.device('cpu'))
+    model = nn.Linear(4, 4)
+    model.load_state_dict(dict(weight=torch.eye(4), bias=torch.zeros(4)))
+    learn = Learner(dls, model, CrossEntropyLossFlat(), metrics=CalibrationError(5))
+    with learn.no_bar(), learn.no_logging(): value = learn.validate()[1]
+    sure,right = z.softmax(1).max(1).values,(z.argmax(1) == y).float()
+    truth = sum(m.sum()/90*(right[m].mean() - sure[m].mean()).abs() for i in range(5) if (m := (sure > i/5) & (sure <= (i+1)/5)).any())
+    assert value == pytest.approx(truth.item(), abs=1e-6) and learn.metrics[0].name == 'calibration_error'
+
+def test_without_torchmetrics_it_says_what_to_install(monkeypatch):
+    import sys
+    from fastkd.metrics import CalibrationError
+    for name in [n for n in sys.modules if n.startswith('torchmetrics')] or ['torchmetrics']: monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, 'torchmetrics', None)
+    with pytest.raises(ImportError, match='pip install torchmetrics'): CalibrationError()

@@ -16,7 +16,7 @@ pages = work/'pages'
 # addresses of our own, which README needs on PyPI
 site,pictures = 'https://fastkd.github.io/fastkd','https://raw.githubusercontent.com/fastkd/fastkd/main'
 
-tutorials = ['pets','layers','text','tables','segmentation','labels','timm','moving_teachers','cache','own_loss','several_gpus','comparing',
+tutorials = ['pets','layers','text','tables','segmentation','labels','timm','pretrained','moving_teachers','cache','own_loss','several_gpus','comparing',
              'shipping']
 
 

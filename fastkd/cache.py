@@ -138,14 +138,15 @@ class Cache:
         "New views for a fit, `None` if inputs are not random"
         return None if self.views is None else Views(self.views, self.seed)
 
-    def count_new(self):
-        "From here on count how many inputs are new"
+    def begin_epoch(self):
+        "Count from here on how many inputs are new, and see what other processes have put into the folder"
         self.asked_rows,self.new_rows = 0,0
+        for s in (self, *self.stores.values()): s.refresh()
 
     def clear(self):
         "Forget the rows in memory"
-        # `new`: the rows of this process, in memory or mapped from `file`; `index`: key -> part (-1 for `new`) and row
-        self.shape,self.classes,self.parts,self.index,self.new,self.n,self.file = None,None,[],{},None,0,None
+        # `new`: the rows of this process, in memory or mapped from `file`; `index`: key -> part (-1 for `new`) and row; `read`: file -> part and known rows
+        self.shape,self.classes,self.parts,self.index,self.read,self.new,self.n,self.file = None,None,[],{},{},None,0,None
         self.probes,self.unconfirmed = {},set()
 
     def __len__(self): return len(self.index)
@@ -236,13 +237,16 @@ def _check(self:Cache, key, z):
 
 @patch
 def _read(self:Cache, path):
-    "Map a file and index its valid rows"
+    "Map a file and index its valid rows, from the first that is not known yet"
+    part,start = self.read.get(path, (len(self.parts),0))
     n = path.stat().st_size // self._row.itemsize
-    if not n: return
+    if n <= start: return
     rows = np.memmap(path, dtype=self._row, mode='r', shape=(n,))
-    good = np.concatenate([rows['check'][i:i+4096] == self._check(rows['key'][i:i+4096], rows['z'][i:i+4096]) for i in range(0, n, 4096)])
-    for i in np.flatnonzero(good): self.index.setdefault(int(rows['key'][i]), (len(self.parts),int(i)))
-    self.parts.append(rows)
+    good = np.flatnonzero(np.concatenate([rows['check'][i:i+4096] == self._check(rows['key'][i:i+4096], rows['z'][i:i+4096]) for i in range(start, n, 4096)])) + start
+    if not len(good): return
+    for i in good: self.index.setdefault(int(rows['key'][i]), (part,int(i)))
+    self.parts[part:part+1] = [rows]
+    self.read[path] = part,int(good[-1])+1  # a row behind it may be half written
 
 # %% ../nbs/02b_cache.ipynb #718bbc0a
 @patch
@@ -298,7 +302,7 @@ def _open_folder(self:Cache):
     if meta is None: return
     self.shape,self.classes = meta['shape'],meta['classes']
     if meta['probe']: self.probes = self._read_probes()
-    for path in sorted(self.folder.glob('rows-*.bin')): self._read(path)
+    self.refresh()
 
 @patch
 def _begin(self:Cache, shape, classes, probe):
@@ -309,6 +313,13 @@ def _begin(self:Cache, shape, classes, probe):
         if meta is not None: shape,classes = meta['shape'],meta['classes']
         else: self._write('meta.json', lambda p: p.write_text(json.dumps(dict(owner=self.owner, shape=list(shape), classes=classes, probe=probe))))
     self.shape,self.classes = tuple(shape),classes
+
+@patch
+def refresh(self:Cache):
+    "Index what other processes have written since"
+    if self.folder is None or self.shape is None: return
+    for path in sorted(self.folder.glob('rows-*.bin')):
+        if path != self.file: self._read(path)
 
 # %% ../nbs/02b_cache.ipynb #cfb03a67
 def padding_value(

@@ -344,7 +344,7 @@ def before_train(self:Session):
     self.is_lr_find = hasattr(self.learn, 'lr_finder')
     self.teacher.reset()
     self.loss_params.join(self.opt)
-    if self.views is not None: self.teacher.cache.count_new()
+    if self.teacher.cache is not None: self.teacher.cache.begin_epoch()
 
 @patch
 def present_weights(self:Session): return self.objective.at(min(self.learn.pct_train, 1.), self.learn.n_epoch)

@@ -641,3 +641,29 @@ def test_activations_of_equal_weights_and_another_forward(place, tmp_path):
     else:
         fitted(Teacher(other, cache=cache), loss=Attention)
         assert other.rows >= 24
+
+def test_processes_see_each_others_rows_from_the_next_epoch_on(tmp_path):
+    "two on one folder, in turns; a row that is half written is left out until it is whole"
+    model,x = net(seed=7),torch.randn(24, 1, 8, 8)
+    count = []
+    model.register_forward_pre_hook(lambda m,a: count.append(len(a[0])))
+    a,b = [Teacher(model, cache=tmp_path) for _ in range(2)]
+    def rows(t, *xs, layers=()):
+        count.clear()
+        for o in xs: t.run(o, layers=layers)
+        return sum(count)
+    with a.on(), b.on():
+        assert rows(a, x[:8], layers=('conv1',)) == 8 and rows(b, x[8:16], layers=('conv1',)) == 8 + 4  # four confirm that it is the same teacher
+        for t in a,b: t.cache.begin_epoch()
+        count.clear()
+        assert rows(b, x[:8], layers=('conv1',)) == 0 and rows(a, x[8:16], layers=('conv1',)) == 0
+        torch.testing.assert_close(a.run(x[8:16]).logits[0], model.eval()(x[8:16]).detach())
+        whole = a.cache.file.read_bytes()
+        rows(a, x[16:])
+        longer = a.cache.file.read_bytes()
+        a.cache.file.write_bytes(longer[:-5])  # the last row is half written
+        b.cache.begin_epoch()
+        assert rows(b, x[16:23]) == 0 and len(b.cache.missing(row_keys(x[23:]).tolist())) == 1
+        a.cache.file.write_bytes(longer)
+        b.cache.begin_epoch()
+        assert rows(b, x[16:]) == 0

@@ -14,7 +14,7 @@ from fastkd.cache import Cache
 from fastkd.teacher import Teacher
 from fastkd.online_teachers import EMATeacher, PeerTeacher
 from fastkd.callback import KnowledgeDistillationCallback
-from fastkd.metrics import TeacherAgreement, TeacherKL  # and `kd.teacher_metrics()`
+from fastkd.metrics import CalibrationError, TeacherAgreement, TeacherKL  # and `kd.teacher_metrics()`
 from fastkd.start import init_from_teacher
 from fastkd.bodies import LinearProbe, body_learner, distill_learner, linear_probe
 from fastkd.size_and_speed import size_and_speed

@@ -18,7 +18,7 @@ from .feature_losses import Cosine
 from .layers import find_layer, first_tensor, layer_name, on_device, resting, rewound, trace, undisturbed, unwrap
 from .losses import as_loss, plain
 from .matching import first_batch
-from .session import as_pairs
+from .session import pairs_of
 from .teacher import Teacher, described, makes_models
 
 # %% auto #0
@@ -154,16 +154,15 @@ def body_losses(loss):
 def with_own_layers(loss, body, model, teacher):
     "`loss`, its own layers, if it has any, by their names in `model`, which holds `body`, and in the teacher that runs"
     if not loss.layers: return loss
-    loss,bare = copy.copy(loss),teacher.model if isinstance(teacher, Features) else teacher
-    pairs = as_pairs(*zip(*(loss.layers.items() if isinstance(loss.layers, dict) else loss.layers)))
-    loss.layers = [(layer_name(model, find_layer(body, s, 'body')), layer_name(teacher, find_layer(bare, t, 'teacher'))) for s,t in pairs]
+    loss,teacher_body = copy.copy(loss),teacher.model if isinstance(teacher, Features) else teacher
+    loss.layers = [(layer_name(model, find_layer(body, s, 'body')), layer_name(teacher, find_layer(teacher_body, t, 'teacher'))) for s,t in pairs_of(loss.layers)]
     return loss
 
 def body_layers(layers, body, teacher):
     "The pairs of layers to compare, the body's as modules; `(None, None)` if they are to be matched"
     if layers is None: return '',''
     if isinstance(layers, str) and layers == 'match': return None,None
-    try: pairs = as_pairs(*zip(*(layers.items() if isinstance(layers, dict) else layers)))
+    try: pairs = pairs_of(layers)
     except (TypeError,ValueError): pairs = None
     if not pairs: raise ValueError(f"`layers` is `None`, 'match', or pairs of layers `{{body's: teacher's}}`, got {layers!r}.")
     for _,t in pairs: find_layer(teacher, t, 'teacher')

@@ -197,7 +197,11 @@ def settings(self:Method) -> dict:
 # %% ../nbs/05_methods.ipynb #mth00022
 @patch
 def __add__(self:Method, o):
-    if self.init and not self.loss: return replace(o, name=f'{self.name}+{o.name}', init=True, epochs=o.epochs or self.epochs, lr=o.lr or self.lr, mixup=o.mixup or self.mixup)
+    if self.init and not self.loss:
+        settings = {k: (getattr(self, k), getattr(o, k)) for k in ('epochs','lr','mixup')}
+        twice = next((k for k,(a,b) in settings.items() if None not in (a,b) and a != b), None)
+        if twice: raise ValueError(f"{self.name} and {o.name} cannot be joined: they have different `{twice}`.")
+        return replace(o, name=f'{self.name}+{o.name}', init=True, **{k: a or b for k,(a,b) in settings.items()})
     if not (self.loss and o.loss): raise ValueError("`none` cannot be joined with another method.")
     for m in (self,o):
         if m.warmup_epochs:

@@ -73,7 +73,7 @@ class PeerTeacher(Teacher):
     """Another student, which learns from this one while it teaches it (deep mutual learning): both match the other's predictions of the same step.
 
     Zhang et al., CVPR 2018. Raises `TypeError` for anything but a `Learner`."""
-    fixed = False
+    fixed,needs_labels = False,True
     def __init__(self,
         peer:Learner, # The other student
         loss=None, # What it learns from the first one's predictions; `Mutual()` by default

@@ -23,11 +23,11 @@ from .objective import Objective
 from .online_teachers import average_gradients
 from .task import Task, facts_of, find_task, labels_of
 from .teacher import Teacher, described, has_several, logits_of
-from .unlabeled import Unlabeled, unlabeled_loader
+from .unlabeled import Unlabeled
 from .views import OwnEvents, Views
 
 # %% auto #0
-__all__ = ['Curves', 'LossParameters', 'as_pairs', 'layer_pairs', 'Session', 'number_of_items', 'load_loss', 'Result',
+__all__ = ['Curves', 'LossParameters', 'as_pairs', 'pairs_of', 'layer_pairs', 'Session', 'number_of_items', 'load_loss', 'Result',
            'autocast_left']
 
 # %% ../nbs/03b_session.ipynb #c195f24d
@@ -153,6 +153,12 @@ def as_pairs(
     if twice: raise ValueError(f"The pair {twice} is named twice; name it once, and raise its weight if it is to count more.")
     return pairs
 
+def pairs_of(
+    layers # `{student's: teacher's}`, or a list of pairs
+) -> list:
+    "The pairs of layers in a dictionary or a list. Raises `ValueError` as `as_pairs` does."
+    return as_pairs(*zip(*(layers.items() if isinstance(layers, dict) else layers)))
+
 # %% ../nbs/03b_session.ipynb #5e5060b9
 def layer_pairs(
     terms:list, # The `Term`s that compare activations
@@ -163,7 +169,7 @@ def layer_pairs(
     pairs,matched = {},None
     for t in terms:
         own = t.loss.layers
-        if own: pairs[t] = as_pairs(*zip(*(own.items() if isinstance(own, dict) else own)))
+        if own: pairs[t] = pairs_of(own)
         elif named: pairs[t] = named
         else:
             matched = matched or as_pairs(*match())
@@ -190,18 +196,18 @@ class Session(OwnEvents):
         self.teacher,self.objective,self.named_pairs,self.loss_state = teacher,objective.for_fit(),named_pairs,loss_state
         self.task_settings = task_settings or {}
         self.views = views or (teacher.cache.new_views() if teacher.cache is not None else None)
-        self.items,self.unlabeled = unlabeled,Unlabeled(None, self.distills, self.views)
+        self.unlabeled = Unlabeled(unlabeled, self.distills, self.views)
         self.curves = Curves(['label_loss', *objective.columns])
         self.columns = [ValueMetric(partial(self.curves.epoch_mean, c), c) for c in objective.columns]
         self.loss_params,self.unbuilt = LossParameters(),[t for t in self.objective.terms if t.loss.has_parameters]
         self.learner,self.names = None,None  # the learner; the head of its table while a foreign validation hides the columns
         self.cleanup,self.depth = ExitStack(),0  # `depth`: how many fits are open; `validate`, `tta` and `with learn` send `before_fit` too
         self.pairs,self.student_hooks,self.task,self.is_lr_find = None,None,None,False
-        self.means = {}  # of the teacher's activations that no loss needs whole: the function that makes their mean over all places
+        self.pooled_layers = {}  # of the teacher's, whose activations no loss needs whole: the function that makes their mean over all places
         self.channel_axes = {}  # the axis that the user gave each term; the losses always get channels first
         self.teacher_score,self.notes = TeacherScore() if teacher.fixed and len(teacher.models) == 1 else None,[]
         self.warned = False  # of inputs that should repeat?
-        self.weights,self.output,self.labeled = None,None,True  # of the present batch: weights, the teacher's output, has it labels?
+        self.weights,self.output,self.has_labels = None,None,True  # of the present batch: weights, the teacher's output, has it labels?
 
     def open(self, learn):
         "Join `learn`: its callbacks, and its epoch table"
@@ -211,9 +217,7 @@ class Session(OwnEvents):
         if self.views is not None:
             learn.add_cb(self.views)
             self.views.before_fit()
-        if self.items is not None:
-            self.unlabeled.dl = unlabeled_loader(self.items, learn.dls)
-            learn.add_cb(self.unlabeled)
+        if self.objective.weight: self.unlabeled.open(learn)
         learn.metrics = learn.metrics + self.columns
         if not self.objective.weight: self.announce()  # no batch will: nothing is distilled
 
@@ -235,6 +239,7 @@ class Session(OwnEvents):
         "Take back all that the fit changed, however it ended; done again it does what an interruption left undone"
         try: self.cleanup.close()
         finally:
+            self.unlabeled.close()
             if self.learner is not None:
                 self.hide_columns()
                 self.learner.remove_cbs([self, self.unlabeled, *([self.views, self.views.drawn] if self.views is not None else [])])
@@ -244,13 +249,13 @@ class Session(OwnEvents):
 @patch
 def prepare(self:Session):
     "Move the teacher, pair the layers, refuse what cannot work"
-    refuse(self.learn, self.teacher, self.objective, self.items is not None)
+    refuse(self.learn, self.teacher, self.objective, self.unlabeled.dl is not None)
     refuse_state(self.loss_state, self.objective)
     if self.is_lr_find: self.cleanup.callback(self.teacher.snapshot())  # `lr_find` restores the student; the teacher is restored too
     self.teacher.begin(self.learn)
     for undo in (self.teacher.close, self.loss_params.leave, self.forget_batch): self.cleanup.callback(undo)
     self.notes += self.teacher.adapt(self.dls, classes=any(t.needs_logits for t in self.objective.active))
-    self.teacher.open(find_device(self.xb), number_of_items([*self.dls.loaders, *([self.unlabeled.dl] if self.items is not None else [])]))
+    self.teacher.open(find_device(self.xb), number_of_items([*self.dls.loaders, *self.unlabeled.loaders]))
     self.teacher.reset()
     refuse_layers(self.named_pairs, self.objective, unwrap(self.teacher.models[0]))
     self.pair_layers()
@@ -271,7 +276,7 @@ def pair_layers(self:Session):
     self.channel_axes = {t: t.loss.channel_axis for t in self.pairs}
     for t in self.pairs: t.loss.channel_axis = 1
     self.update_layouts()
-    self.find_means()
+    self.find_pooled()
     self.student_hooks = FeatureHooks(student, dict.fromkeys(s for s,_ in self.all_pairs), 'student', self.xb)
 
 # %% ../nbs/03b_session.ipynb #18192bc7
@@ -315,15 +320,15 @@ def update_layouts(self:Session):
     self.layout_shapes = self.input_shapes()
 
 @patch
-def find_means(self:Session):
-    "Find what a cache need not keep whole"
+def find_pooled(self:Session):
+    "Find the teacher's layers that a cache need not keep whole"
     if self.teacher.cache is None: return
     asked = [(term,pair) for term,pairs in self.pairs.items() for pair in pairs]
-    whole = {pair[1] for term,pair in asked if not term.loss.pooled_targets}
+    whole = {pair[1] for term,pair in asked if not term.loss.pooled_targets or self.channel_axes[term] is not None}
     def mean(term, pair, act):
         act = self.bring_channels_first(term, pair, 1, act)
         return act.flatten(2).mean(-1) if act.ndim > 2 else act
-    self.means = {pair[1]: partial(mean, term, pair) for term,pair in asked if pair[1] not in whole}
+    self.pooled_layers = {pair[1]: partial(mean, term, pair) for term,pair in asked if pair[1] not in whole}
 
 @patch
 def input_shapes(self:Session): return [tuple(x.shape[1:]) for x in self.xb if isinstance(x, Tensor)]
@@ -372,21 +377,21 @@ def run_teacher(self:Session, terms):
         if self.layout_shapes != self.input_shapes() and any(l and l.grid for ls in self.layouts for l in ls.values()): self.update_layouts()
         self.student_hooks.__enter__()
     layers = tuple(dict.fromkeys(t for _,t in self.all_pairs)) if features else ()
-    if features or logits: self.output = self.teacher.run(*self.xb, layers=layers, logits=logits, reduce=self.means)
+    if features or logits: self.output = self.teacher.run(*self.xb, layers=layers, logits=logits, reduce=self.pooled_layers)
 
 @patch
 def unhook(self:Session):
     "Take the hooks off, first in `after_pred`, before anybody else can run the student"
     if self.student_hooks is not None: self.student_hooks.__exit__()
-    self.unlabeled.take_away()
+    self.unlabeled.leave()
 
 # %% ../nbs/03b_session.ipynb #981f2fc0
 @patch
 def join_terms(self:Session):
     "Add the terms to the learner's own loss: what is differentiated becomes the objective, what is logged stays the learner's own"
     learn,weights,values = self.learn,self.weights,{}
-    self.labeled = len(learn.yb) > 0
-    label = plain(learn.loss_grad) if self.labeled else None
+    self.has_labels = len(learn.yb) > 0
+    label = plain(learn.loss_grad) if self.has_labels else None
     if label is not None: values['label_loss'] = label.detach().clone() if label.ndim == 0 else label.detach().mean()  # callbacks change `loss_grad` in place
     terms = self.term_values() if weights.terms else {}
     if terms or (label is not None and weights.label != 1):
@@ -405,7 +410,7 @@ def term_values(self:Session) -> dict:
     "The value of each term that counts for this batch"
     learn,output,unlabeled = self.learn,self.output,self.unlabeled
     labeled = plain(logits_of(learn.pred))
-    pred = labeled if unlabeled.rows is None else plain(logits_of(unlabeled.output))
+    pred = unlabeled.logits(labeled)
     target = plain(labels_of(learn.yb, labeled)) if len(learn.yb) else None
     acts = self.student_hooks.collect() if output is not None and output.activations else {}
     if self.task is None: self.check(pred, labeled, target, acts)
@@ -421,14 +426,14 @@ def term_value(self:Session, term, inputs, logits, student, teacher):
     "The value of one term, from the logits and the activations of both models"
     loss,pairs = term.loss,self.pairs.get(term, [])
     fm_s = {p: self.bring_channels_first(term, p, 0, student[p[0]]) for p in pairs}
-    fm_t = {p: teacher[p[1]] if p[1] in self.means else self.bring_channels_first(term, p, 1, teacher[p[1]]) for p in pairs}
+    fm_t = {p: teacher[p[1]] if p[1] in self.pooled_layers else self.bring_channels_first(term, p, 1, teacher[p[1]]) for p in pairs}
     fm_t = {p: a.to(fm_s[p].dtype) if a.dtype == torch.float64 else a for p,a in fm_t.items()}
     if term in self.unbuilt: self.build(term, fm_s, fm_t)
     teacher_pred = loss.average(logits, inputs['axis'], inputs['pct_train']) if term.needs_logits else None
     ignored = self.ignored_by(term, inputs['target'])
     inputs = dict(inputs, teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t)
     if term.needs_labels: inputs = self.unlabeled.of_labeled(inputs)
-    else: inputs['target'] = self.unlabeled.labels_for_all(inputs['target'], ignored)
+    else: inputs['target'] = self.unlabeled.labels(inputs['target'], ignored)
     return term(ignore_index=ignored, **inputs)
 
 @patch
@@ -452,7 +457,7 @@ def check(self:Session, pred, labeled, target, acts):
     check_graph(acts, self.student_hooks.ungraphed)
     if has_several(self.learn.pred): self.notes.append("the first of the student's outputs is compared")
     if self.teacher.takes_first: self.notes.append("the first of the teacher's outputs is compared")
-    if self.items is not None: self.notes.append(f"{self.unlabeled.n - find_bs(self.learn.xb)} rows without labels join each batch of {find_bs(self.learn.xb)}")
+    if self.unlabeled.n: self.notes.append(f"{self.unlabeled.n - find_bs(self.learn.xb)} rows without labels join each batch of {find_bs(self.learn.xb)}")
     self.task = task
     cache = self.teacher.cache
     if cache is not None and cache.gigabytes: self.notes.append(f"the cache takes up to {max(1, 1000*cache.gigabytes):,.0f} MB {'in memory' if cache.folder is None else 'on disk'}")
@@ -502,7 +507,7 @@ def before_step(self:Session):
 def after_step(self:Session):
     if self.pairs is None: return
     task = self.task or Task()
-    self.teacher.after_step(self.learn, self.labeled, axis=task.class_axis, ignore_index=task.ignore_index)
+    self.teacher.after_step(self.learn, self.has_labels, axis=task.class_axis, ignore_index=task.ignore_index)
 
 @patch
 def after_train(self:Session):

@@ -143,6 +143,7 @@ class Teacher:
 
     `dtype` makes copies of the weights, nothing else does. Raises `TypeError` if there is no model, `ValueError` for settings that exclude each other."""
     fixed = True  # does it stay as it is while the student trains?
+    needs_labels = False  # does it learn from the labels of each row?
     def __init__(self,
         models, # A trained `nn.Module`, a `Learner`, a callable, or a list of these (an ensemble)
         dtype:torch.dtype=None, # Run copies of the models in `torch.bfloat16` or `torch.float16`
@@ -352,14 +353,14 @@ def _resting(self:Teacher, xb):
         yield
 
 @patch
-def _forward(self:Teacher, *xb, layers=(), logits=True, reduce={}, mapped=False):
+def _forward(self:Teacher, *xb, layers=(), logits=True, reduce=None, mapped=False):
     acts,outputs = {},[]
     with self._resting(xb):
         for i,m in enumerate(self.calls):
             if i == 0 and layers: outputs.append(self._hooks(layers, xb, mapped).run(*self._inputs(0, *xb, mapped=mapped), stop=not logits))
             elif logits: outputs.append(self._call(m, self._inputs(i, *xb, mapped=mapped)))
         zs = [self._logits(o) for o in outputs] if logits else []
-    if layers: acts = {n: reduce.get(n, noop)(a.clone() if a.is_inference() else a) for n,a in self.hooks[layers].collect().items()}
+    if layers: acts = {n: (reduce or {}).get(n, noop)(a.clone() if a.is_inference() else a) for n,a in self.hooks[layers].collect().items()}
     return TeacherOutput(zs, acts)
 
 @patch
@@ -490,7 +491,7 @@ def reset(self:Teacher):
 
 # %% ../nbs/02_teacher.ipynb #e340d6a4
 @patch
-def _cached(self:Teacher, *xb, layers=(), logits=True, reduce={}):
+def _cached(self:Teacher, *xb, layers, logits, reduce):
     "Logits and activations from the cache; the models run on inputs that are new to it"
     device = find_device(xb)
     # under autocast the logits of an input are different

@@ -243,12 +243,15 @@ def test_weights_come_from_a_package(num_classes, monkeypatch, tmp_path):
     timm = pytest.importorskip('timm')
     torch.manual_seed(0)
     given = timm.create_model('tf_efficientnet_lite0').eval()
-    package_of(monkeypatch, tmp_path, {f'other.{i}': v for i,v in enumerate(given.state_dict().values())})
+    package_of(monkeypatch, tmp_path, {f'other.{i}.{k.split(".")[-1]}': v for i,(k,v) in enumerate(given.state_dict().items())})
     model,x = R.efficientnet_lite(num_classes=num_classes).eval(),torch.randn(2, 3, 32, 32)
     assert model(x).shape == (2, num_classes or 1280)
     torch.testing.assert_close(model.forward_features(x), given.forward_features(x))
-    package_of(monkeypatch, tmp_path, {f'other.{i}': v for i,v in enumerate([*given.state_dict().values()][:-1])})
-    with pytest.raises(ValueError): R.efficientnet_lite()  # weights of another model
+    state = [(k.split('.')[-1], v) for k,v in given.state_dict().items()]
+    i = next(i for i,(k,_) in enumerate(state) if k == 'running_mean')
+    for other in state[:-1], [*state[:i], state[i+1], state[i], *state[i+2:]]:  # one is missing, or mean and variance in another order
+        package_of(monkeypatch, tmp_path, {f'{i}.{k}': v for i,(k,v) in enumerate(other)})
+        with pytest.raises(ValueError, match='are not those of'): R.efficientnet_lite()
 
 def test_no_package_and_no_connection_is_one_sentence(monkeypatch):
     timm = pytest.importorskip('timm')

@@ -269,6 +269,7 @@ def test_each_process_has_its_own(make, views, monkeypatch):
         v = Views(2) if views else None
         if views: v.view = 0
         cb = U.Unlabeled(make(), lambda: True, v)
+        cb.dl = cb.items
         cb.learn = SimpleNamespace(xb=(x,))
         cb.before_train()
         orders.append(next(cb.batches)[0])
@@ -301,7 +302,7 @@ def test_texts():
                 for r,p in zip(rows, self.pred): assert any(torch.equal(p, o) and r == q for o,q in zip(self.learn.rows_without_labels.output[0], all_rows))
     fit(learn, KD(model(1), SoftTarget, unlabeled=df[24:]), cbs=[Look()], lr=1e-3)
     a,b = next(iter(dls.train))[0],TensorText(torch.tensor([[5,6,7,8],[9,8,7,6]]))
-    (whole,),pos = texts_joined(a, b, dls.train)
+    (whole,),pos = texts_joined(a, b, dls.train, 1)
     for i,p in enumerate(pos.tolist()): assert whole[p][whole[p] != 1].tolist() == a[i][a[i] != 1].tolist()
     assert sorted(r[r != 1].tolist() for r in whole if len(r[r != 1]) == 4 and r[r != 1][0] in (5,9))[-1] == [9,8,7,6]
 
@@ -585,3 +586,97 @@ def test_items_of_any_collection(make):
 def test_a_share_that_leaves_nothing(share):
     from fastkd.experiments.recipes import digits_data
     with pytest.raises(ValueError, match='share of the 400 training rows'): digits_data().with_labels(share)
+
+# found in review
+
+def test_a_list_is_shuffled_by_the_learners_stream():
+    "other seeds and other fits show other rows, equal seeds equal ones"
+    def shown(seed, fits=1):
+        set_seed(seed)
+        learn = Learner(photographs(n=16), convnet(), CrossEntropyLossFlat())
+        return [fit(learn, KD(convnet(1), SoftTarget, unlabeled=pictures[16:])).inputs[0][8:] for _ in range(fits)]
+    (a,),(b,c),(d,) = shown(1),shown(1, 2),shown(2)
+    assert torch.equal(a, b) and not torch.equal(b, c) and not torch.equal(a, d)
+
+def test_workers_end_with_the_fit():
+    import gc, multiprocessing
+    gc.collect()
+    before = len(multiprocessing.active_children())
+    gc.disable()
+    try:
+        kd = KD(net(1), SoftTarget, unlabeled=DataLoader([(o,) for o in u], bs=8, shuffle=True, num_workers=1))
+        fit(learner(), kd)
+        assert len(multiprocessing.active_children()) == before
+    finally: gc.enable()
+
+def test_a_sampler_has_its_own_generator_for_the_fit_alone(monkeypatch):
+    import fastkd.unlabeled as U
+    monkeypatch.setattr(U, 'num_distrib', lambda: 2)
+    dl = torch.utils.data.DataLoader(TensorDataset(u), 8, shuffle=True)
+    cb = U.Unlabeled(dl, lambda: True)
+    cb.dl,cb.learn = dl,SimpleNamespace(xb=(x,))
+    cb.before_train()
+    next(cb.batches)
+    assert dl.sampler.generator is not None
+    cb.close()
+    assert dl.sampler.generator is None
+
+def test_what_other_callbacks_make_of_the_output_counts():
+    "as it does without rows that joined: the labeled rows come to the terms as they are left"
+    class Double(Callback):
+        def after_pred(self):
+            if self.training: self.learn.pred = self.pred*2
+    learn,teacher = learner(),net(1)
+    by_hand = deepcopy(learn.model)
+    seen = fit(learn, KD(teacher, Logits, weight=1., label_weight=0, unlabeled=rows()), cbs=[Double()])
+    for xb in seen.inputs:
+        z = by_hand(xb)
+        loss = F.mse_loss(torch.cat([2*z[:8], z[8:]]), teacher(xb).detach())
+        for p,d in zip(by_hand.parameters(), torch.autograd.grad(loss, by_hand.parameters())): p.data -= .1*d
+    for p,q in zip(learn.model.parameters(), by_hand.parameters()): torch.testing.assert_close(p, q)
+
+def test_a_batch_that_is_cancelled_before_rows_join_keeps_its_own():
+    class Cancel(Callback):
+        order = 5
+        def before_batch(self):
+            if self.training and self.iter == 1: raise CancelBatchException
+        def after_batch(self):
+            if self.training: kept.append(self.x.clone())
+    kept = []
+    fit(learner(), KD(net(1), SoftTarget, unlabeled=rows()), cbs=[Cancel()])
+    assert torch.equal(torch.cat(kept), x)
+
+def test_no_graph_outlives_its_batch():
+    held = []
+    class Look(Callback):
+        order = 2000
+        def before_validate(self): held.append([self.learn.rows_without_labels.output, self.learn.rows_without_labels.labeled_xb])
+    fit(learner(), KD(net(1), SoftTarget, unlabeled=rows()), cbs=[Look()])
+    assert held == [[None,None]]
+
+def test_mixing_that_ended_while_nothing_was_distilled():
+    dls = DataLoaders(*[DataLoader([(torch.full((1,8,8), 10.+i), torch.tensor(i%3)) for i in range(8)], bs=8, num_workers=0)]*2, device='cpu')
+    more = DataLoader([(torch.full((1,8,8), 1000.*(i+1)),) for i in range(8)], bs=8, shuffle=True, num_workers=0)
+    torch.manual_seed(0)
+    model,cb = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)),MixUp(1.)
+    class Until(Callback):
+        order = -5
+        def before_epoch(self): cb.run = self.epoch < 1
+    seen = fit(Learner(dls, model, CrossEntropyLossFlat()), KD(deepcopy(model), SoftTarget, schedule=lambda p: float(p >= .3), unlabeled=more), cbs=[cb, Until()], lr=0., epochs=3)
+    assert [len(o) for o in seen.inputs] == [8,16,16]
+    assert all(sorted(xb[8:].flatten(1).mean(1).tolist()) == [1000.*(i+1) for i in range(8)] for xb in seen.inputs[1:])
+
+def test_epochs_of_methods_grow_with_few_labels_too(tmp_path):
+    from fastkd.experiments.compare import run_recipe
+    a = run_recipe('digits', ['none','soft(epochs=1)'], 1, 2, 1, out=tmp_path, labels=.5, show=False)
+    assert [r.settings['fit']['epochs'] for r in a.runs] == [4,2]
+    b = run_recipe('digits', ['none'], 1, 2, 1, out=tmp_path, show=False)
+    import pandas as pd
+    from fastkd.experiments import caption
+    both = pd.DataFrame([r.row() for r in [*b.runs, *a.runs]])
+    assert 'nan' not in caption(both) and '400 rows;' in caption(both).replace(',', ';')
+
+def test_a_start_and_a_loss_of_other_rates():
+    from fastkd.methods import method
+    assert method('init(lr=0.01)+soft(lr=0.01)').lr == .01
+    with pytest.raises(ValueError, match='different `lr`'): method('init(lr=0.01)+soft(lr=0.02)')

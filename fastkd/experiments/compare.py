@@ -89,7 +89,12 @@ class Experiment:
     def about(self):
         "What a record says of all runs"
         return dict(data=[self.name or self.folder.name, *self.sizes, ''], device=_device_name(getattr(self.sample.dls, 'device', None) or default_device()),
-            teacher_fit={}, on='validation' if self.test is None else 'test', more=self.rows_without_labels)
+            teacher_fit={}, on='validation' if self.test is None else 'test', more=self.inputs)
+
+    @property
+    def inputs(self):
+        "What a record says of inputs, if it is not usual"
+        return dict(self.rows_without_labels, **(dict(views=self.views) if self.views else {}))
 
     @property
     def rows_without_labels(self):
@@ -97,13 +102,14 @@ class Experiment:
         if self.unlabeled is None: return {}
         return dict(unlabeled=number_of_items([self.unlabeled]) if is_loader(self.unlabeled) else len(self.unlabeled))
 
-    def fit_settings(self, method): return dict(epochs=self.epochs_of(method), lr=str(method.lr or self.lr), fit=getattr(self.fit, '__name__', ''))
+    def fit_settings(self, method): return dict(epochs=self.epochs_of(method), lr=str(self.lr_of(method)), fit=getattr(self.fit, '__name__', ''))
     def fit_for(self, method):
         "`(learn, cbs)`: trains a student with `method`"
-        rate = [o for o in [method.lr or self.lr] if o is not None]
+        rate = () if self.lr_of(method) is None else (self.lr_of(method),)
         return lambda learn, cbs: self.fit(learn, self.epochs_of(method), *rate, cbs=cbs)
 
     def epochs_of(self, method): return method.epochs or self.epochs
+    def lr_of(self, method): return method.lr or self.lr
     def measured_on(self, learn): return learn.dls.valid if self.test is None else self.test
     def callbacks(self): return []
     tried_with = 0  # the seed whose views a first batch is of
@@ -129,7 +135,8 @@ def _batch_summaries(dl, n=None):
     with rewound(dl): return [apply(one, batch) for batch in islice(iter(dl), n)]
 
 def _unlabeled_batches(items, learn):
-    "What rows without labels hold, as plain data"
+    "What rows without labels hold, as plain data; `None` if there are none"
+    if items is None: return None
     with no_random():
         dl = unlabeled_loader(items, learn.dls)
         seed_loader(dl, 0)
@@ -170,10 +177,11 @@ def common(self:Experiment) -> dict:
         if again(1) != batches[0][:1]:
             warnings.warn("The training loader does not repeat its batches for equal seeds (it shuffles its items in place, or draws from a stream of its own): "
                           "make the loaders in `make_student`, or seeds say little.")
+    optional = {k: v for k,v in dict(views=self.views, unlabeled=_unlabeled_batches(self.unlabeled, learn)).items() if v}
     return dict(student=model_layout(lambda: learn.model), weights=checksum(learn.model.state_dict()), layers_=fingerprint(_layers_of(learn.model)),
         batches=fingerprint(batches), loss=_plain(learn.loss_func), optimizer=_plain(learn.opt_func),
         rates=[str(o) for o in (learn.lr, learn.wd, learn.moms, learn.wd_bn_bias, learn.train_bn)],
-        callbacks=[_settings_of(cb) for cb in learn.cbs], epochs=self.epochs, lr=str(self.lr), fit=_plain(self.fit), **(dict(views=self.views) if self.views else {}), **(dict(unlabeled=_unlabeled_batches(self.unlabeled, learn)) if self.unlabeled is not None else {}),
+        callbacks=[_settings_of(cb) for cb in learn.cbs], epochs=self.epochs, lr=str(self.lr), fit=_plain(self.fit), **optional,
         metric=[self.scale.metric, self.scale.sign, *[_metric(m) for m in learn.metrics if m.name == self.scale.metric]], layers=_plain(self.layers), sizes=self.sizes)
 
 @patch(as_prop=True)
@@ -229,7 +237,7 @@ class RecipeExperiment(Experiment):
     ):
         self.recipe,self.parts,self.device,self.bf16 = recipe,parts,device,bf16
         fit = recipe.student_fit
-        super().__init__(self.student, None, results, fit.epochs, layers=recipe.layers, metric='accuracy', statistics=statistics, views=views)
+        super().__init__(self.student, None, results, fit.epochs, fit.lr, layers=recipe.layers, metric='accuracy', statistics=statistics, views=views)
         if parts.unlabeled is not None: self.unlabeled = parts.unlabeled_loader(fit.bs, device, recipe.student_augment)
         self.callbacks()  # raises now if they cannot be made
 
@@ -263,10 +271,10 @@ class RecipeExperiment(Experiment):
     @cached_property
     def about(self):
         r = self.recipe
-        return dict(data=self.common['data'], device=_device_name(self.device), teacher_fit=vars(r.teacher_fit), more=dict(self.rows_without_labels, recipe=r.name, bf16=self.bf16,
+        return dict(data=self.common['data'], device=_device_name(self.device), teacher_fit=vars(r.teacher_fit), more=dict(self.inputs, recipe=r.name, bf16=self.bf16,
             augmented=bool(r.student_augment), callbacks=[type(cb).__name__ for cb in self.callbacks()], layers=r.layers))
 
-    def fit_of(self, method): return replace(self.recipe.student_fit, epochs=self.epochs_of(method), lr=method.lr or self.recipe.student_fit.lr)
+    def fit_of(self, method): return replace(self.recipe.student_fit, epochs=self.epochs_of(method), lr=self.lr_of(method))
     def fit_settings(self, method): return vars(self.fit_of(method))
     def fit_for(self, method): return partial(run_fit, self.fit_of(method))
 
@@ -645,7 +653,9 @@ def compare(
     check_make_student(make_student)
     check_teacher(teacher)
     check_test(test)
-    e = Experiment(make_student, teacher, Results(Path(out or 'runs/compare')/'results.jsonl'), epochs, None if lr is None else float(lr) if isinstance(lr, numbers.Real) else lr, fit, test, metric, better, layers, str(name), unlabeled=checked_items(unlabeled), views=None if views is None else Views(views).n)
+    lr,views = float(lr) if isinstance(lr, numbers.Real) else lr,None if views is None else Views(views).n
+    e = Experiment(make_student, teacher, Results(Path(out or 'runs/compare')/'results.jsonl'), epochs, lr, fit, test, metric, better, layers, str(name),
+        unlabeled=checked_items(unlabeled), views=views)
     e.scale  # raises for a metric that there is not
     if executor is not None and (isinstance(executor, ThreadPoolExecutor) or not hasattr(executor, 'submit')):
         raise ValueError("`executor` must run each call in a process of its own (threads would share one random stream), such as Dask's `client.get_executor()`.")
@@ -668,11 +678,14 @@ def run_recipe(
 ) -> Runs:
     """Train a recipe's teacher once, then its student with each method and seed; finished runs are not repeated.
 
-    With a share of the `labels` teacher and student learn from those alone, in so many more epochs that they make as many steps. Raises `ValueError` before anything is trained if a method, a seed, the device or the folder cannot be used."""
+    With a share of the `labels`, teacher and student learn from those alone, in so many more epochs that they make as many steps. Raises `ValueError` before anything is trained if a method, a seed, the device or the folder cannot be used."""
     recipe = _with_epochs(find_recipe(recipe), epochs, teacher_epochs)
     methods,seeds,device = as_methods(recipe.methods if methods is None else methods),checked_seeds(seeds),_device(device)
     results,parts = Results(Path(out or Path('runs')/recipe.name)/'results.jsonl'),recipe.data(data)
-    if labels is not None: parts,recipe = parts.with_labels(labels),_with_epochs(recipe, *[round(f.epochs/labels) for f in (recipe.student_fit,recipe.teacher_fit)])
+    if labels is not None:
+        parts,longer = parts.with_labels(labels),lambda n: n and round(n/labels)
+        recipe = _with_epochs(recipe, longer(recipe.student_fit.epochs), longer(recipe.teacher_fit.epochs))
+        methods = [replace(m, epochs=longer(m.epochs)) for m in methods]
     return RecipeExperiment(recipe, parts, device, results, bf16, statistics, views).carry_out(methods, seeds, show)
 
 # %% ../../nbs/06d_compare.ipynb #cmp00052

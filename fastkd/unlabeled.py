@@ -145,8 +145,7 @@ class Unlabeled(OwnEvents):
         learn.add_cb(self)
 
     def close(self):
-        "End the loader's workers, and forget the batch"
-        if self.batches is not None: self.batches.close()
+        "Forget the loader, whose workers end with it, and the batch"
         if self.sampler is not None: self.sampler.generator = None
         self.batches,self.sampler = None,None
         self.clear()
@@ -163,7 +162,6 @@ class Unlabeled(OwnEvents):
 def before_train(self:Unlabeled):
     "With views the loader begins anew in each epoch"
     if self.views is None and self.batches is not None: return
-    if self.batches is not None: self.batches.close()
     self.batches = self.endless()
 
 @patch

@@ -60,6 +60,16 @@ def test_the_figures_of_the_readme_are_those_of_the_results():
             half = stats.t.ppf(.975, len(d)-1)*sd/len(d)**.5
             assert cell == f'{mean:+.2f} ({mean-half:+.2f} to {mean+half:+.2f})', (data, name)
 
+def test_the_figures_of_the_pretrained_teacher_are_those_of_the_results():
+    runs = [json.loads(l) for l in (root/'nbs'/'tutorials'/'results'/'pets-lite.jsonl').read_text().splitlines()]
+    methods = {m: {r['seed']: 100*r['value'] for r in runs if r['method'] == m} for m in {r['method'] for r in runs}}
+    none,best = methods['none'],max((m for m in methods if len(methods[m]) > 2 and m != 'none'), key=lambda m: statistics.mean(methods[m].values()))
+    d = [v - none[s] for s,v in methods[best].items()]
+    half = stats.t.ppf(.975, len(d)-1)*statistics.stdev(d)/len(d)**.5
+    text,mean = (root/'README.md').read_text(),statistics.mean
+    assert f"({100*runs[0]['teacher']['value']:.2f} %, EfficientNet-Lite0)" in text
+    assert f'gains {mean(d):+.2f} points ({mean(d)-half:+.2f} to {mean(d)+half:+.2f})' in text and f'{mean(methods[best].values()):.2f} instead of {mean(none.values()):.2f} %' in text
+
 @pytest.mark.parametrize('name', [n for n in dir(everything) if not n.startswith('_')])
 def test_help_explains_every_argument(name):
     doc = vars(everything)[name].__doc__

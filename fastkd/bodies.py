@@ -155,7 +155,8 @@ def with_own_layers(loss, body, model, teacher):
     "`loss`, its own layers, if it has any, by their names in `model`, which holds `body`, and in the teacher that runs"
     if not loss.layers: return loss
     loss,teacher_body = copy.copy(loss),teacher.model if isinstance(teacher, Features) else teacher
-    loss.layers = [(layer_name(model, find_layer(body, s, 'body')), layer_name(teacher, find_layer(teacher_body, t, 'teacher'))) for s,t in pairs_of(loss.layers)]
+    def name(whole, part, layer, role): return layer_name(whole, find_layer(part, layer, role))
+    loss.layers = [(name(model, body, s, 'body'), name(teacher, teacher_body, t, 'teacher')) for s,t in pairs_of(loss.layers)]
     return loss
 
 def body_layers(layers, body, teacher):

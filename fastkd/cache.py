@@ -242,7 +242,8 @@ def _read(self:Cache, path):
     n = path.stat().st_size // self._row.itemsize
     if n <= start: return
     rows = np.memmap(path, dtype=self._row, mode='r', shape=(n,))
-    good = np.flatnonzero(np.concatenate([rows['check'][i:i+4096] == self._check(rows['key'][i:i+4096], rows['z'][i:i+4096]) for i in range(start, n, 4096)])) + start
+    chunks = [rows[i:i+4096] for i in range(start, n, 4096)]
+    good = np.flatnonzero(np.concatenate([o['check'] == self._check(o['key'], o['z']) for o in chunks])) + start
     if not len(good): return
     for i in good: self.index.setdefault(int(rows['key'][i]), (part,int(i)))
     self.parts[part:part+1] = [rows]

@@ -51,7 +51,8 @@ class KnowledgeDistillationCallback(OwnEvents):
         if self.session is None:
             if self.learn.lock.locked(): return  # `validate` and `get_preds`
             objective = self.objective or Objective(suited_loss(self.learn.loss_func), **self.weighting)
-            self.session = Session(self.teacher, objective, self.named_pairs, self.task_settings, self.loss_state, self.last and self.last.views, self.unlabeled)
+            views = self.last and self.last.views
+            self.session = Session(self.teacher, objective, self.named_pairs, self.task_settings, self.loss_state, views, self.unlabeled)
             self.session.open(self.learn)
         elif self.learn.lock.locked(): self.session.enter_validation()
         self.session.depth += 1

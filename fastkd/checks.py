@@ -29,7 +29,8 @@ def refuse(
     "Raise `ValueError` for a teacher, losses and callbacks that do not work together."
     if any(unwrap(m) is unwrap(learn.model) for m in teacher.models):
         raise ValueError("The teacher is the student itself; give another model, or a copy of it (`copy.deepcopy`).")
-    if unlabeled and teacher.needs_labels: raise ValueError(f"A `{type(teacher).__name__}` learns from the labels of each row: leave out `unlabeled`, or take another teacher.")
+    if unlabeled and teacher.needs_labels:
+        raise ValueError(f"A `{type(teacher).__name__}` learns from the labels of each row: leave out `unlabeled`, or take another teacher.")
     mixers,features = [type(cb).__name__ for cb in learn.cbs if isinstance(cb, MixHandler)],objective.feature_terms
     if teacher.cache is not None and mixers and not teacher.cache.views:
         raise ValueError(f"The teacher's `cache` keeps the logits of inputs that come again, and {mixers[0]} makes new ones in each batch: "

@@ -44,7 +44,7 @@ def run(
     statistics:bool=False, # Keep mean and standard deviation of each parameter and its gradient, for each epoch?
     bf16:bool=False, # Train in bfloat16 mixed precision, channels-last, with a bfloat16 copy of the teacher?
     augment:bool=False, # Augment what the student trains on, with and without a teacher, as the recipe does for its teacher?
-    labels:float=None, # Share of a recipe's training rows that keep their labels; the distillation terms see the others too, and as many steps are made in as many more epochs
+    labels:float=None, # Share of a recipe's training rows that keep their labels, for so many more epochs; the distillation terms see the others too
     views:number=None, # Let augmented and mixed inputs come again after so many epochs, so that the teacher need not look again
     set:str=None # Settings of a file, separated by commas, e.g. "lr=0.003,n_train=500"
 ):

@@ -123,7 +123,7 @@ def CalibrationError(
     n_bins:int=15, # Number of bins of confidence
     ignore_index:int=None # The label to leave out
 ) -> Metric:
-    """The expected calibration error as a metric for any learner with classes on axis 1: how far the probability of the likeliest class is from the share of right decisions.
+    """The expected calibration error, a metric for any learner with classes on axis 1: how far the probability of the likeliest class is from being right.
 
     Between 0 and 1, from torchmetrics. Raises `ImportError` if it is not installed. Guo et al., ICML 2017, "On calibration of modern neural networks"."""
     try: from torchmetrics.functional.classification import multiclass_calibration_error

@@ -460,7 +460,8 @@ def check(self:Session, pred, labeled, target, acts):
     if self.unlabeled.n: self.notes.append(f"{self.unlabeled.n - find_bs(self.learn.xb)} rows without labels join each batch of {find_bs(self.learn.xb)}")
     self.task = task
     cache = self.teacher.cache
-    if cache is not None and cache.gigabytes: self.notes.append(f"the cache takes up to {max(1, 1000*cache.gigabytes):,.0f} MB {'in memory' if cache.folder is None else 'on disk'}")
+    if cache is not None and cache.gigabytes:
+        self.notes.append(f"the cache takes up to {max(1, 1000*cache.gigabytes):,.0f} MB {'in memory' if cache.folder is None else 'on disk'}")
     self.announce()
 
 # %% ../nbs/03b_session.ipynb #ee5a93ee

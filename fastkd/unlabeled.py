@@ -40,9 +40,10 @@ def loader_of(items, dls):
     dl = dls.test_dl(items)
     for o in (dl.dataset, getattr(dl.dataset, 'tfms', None), *[t for tl in getattr(dl.dataset, 'tls', ()) for t in (tl,tl.tfms)]):
         if 'split_idx' in getattr(o, '__dict__', ()): o.split_idx = 0  # the transforms of training
-    # a table is read by a transform of its own
-    own = {} if hasattr(dl.dataset, 'procs') else {n: o for n in ('after_item','before_batch','after_batch') if not isinstance(o := getattr(dls.train, n, None), (MethodType,type(None)))}
-    return dl.new(bs=min(getattr(dls.train, 'bs', None) or 64, len(items)), shuffle=True, drop_last=True, **own)
+    tfms = {n: getattr(dls.train, n, None) for n in ('after_item','before_batch','after_batch')}
+    tfms = {n: o for n,o in tfms.items() if o is not None and not isinstance(o, MethodType)}
+    if hasattr(dl.dataset, 'procs'): tfms = {}  # a table is read by a transform of its own
+    return dl.new(bs=min(getattr(dls.train, 'bs', None) or 64, len(items)), shuffle=True, drop_last=True, **tfms)
 
 def shuffles(dl) -> bool:
     "Does a loader shuffle, as far as it tells?"
@@ -56,11 +57,12 @@ def unlabeled_loader(
     """A loader of rows without labels; random streams stay as they are.
 
     Raises `ValueError` if there are none, or if the student's loaders cannot make one of a list of items."""
-    if isinstance(getattr(dls, 'train', None), LMDataLoader): raise ValueError("A language model needs no labels: add the texts in `unlabeled` to its training set.")
+    if isinstance(getattr(dls, 'train', None), LMDataLoader):
+        raise ValueError("A language model needs no labels: add the texts in `unlabeled` to its training set.")
     if is_loader(items):
         if not shuffles(items):
-            warnings.warn("The loader in `unlabeled` does not shuffle, so the same rows always come together (and `dls.test_dl` has the transforms of validation): "
-                          "give a list of items, or `dl.new(shuffle=True)`.")
+            warnings.warn("The loader in `unlabeled` does not shuffle, so the same rows always come together (and `dls.test_dl` has the transforms "
+                          "of validation): give a list of items, or `dl.new(shuffle=True)`.")
         return items
     if not len(items): raise ValueError("`unlabeled` is an empty list.")
     with no_random(reproducible=False):
@@ -151,8 +153,9 @@ class Unlabeled(OwnEvents):
         self.clear()
 
     def clear(self):
-        # of the present batch: positions of the labeled rows (`None` if no other joined), their inputs, the number of all rows; the student's outputs for all and for the labeled ones
-        self.rows,self.labeled_xb,self.n,self.output,self.labeled_output = None,None,0,None,None
+        # of the present batch: positions of the labeled rows (`None` if no other joined), their inputs, the number of all rows ...
+        self.rows,self.labeled_xb,self.n = None,None,0
+        self.output,self.labeled_output = None,None  # ... and what the student outputs for all rows, and for the labeled ones
 
     @property
     def loaders(self): return [] if self.dl is None else [self.dl]
@@ -220,8 +223,8 @@ def leave(self:Unlabeled):
     self.learn.xb,self.learn.pred = self.labeled_xb,self.of_labeled(self.output)
     self.labeled_output = self.learn.pred
     if len(logits_of(self.learn.pred)) != find_bs(self.labeled_xb):
-        raise ValueError(f"The student's output for {self.n} rows has the shape {tuple(logits_of(self.output).shape)}, in which the labeled ones cannot be told "
-                         "from those in `unlabeled`: it needs a tensor with a row for each, alone or in a tuple or a dictionary.")
+        raise ValueError(f"The student's output for {self.n} rows has the shape {tuple(logits_of(self.output).shape)}, in which the labeled ones "
+                         "cannot be told from those in `unlabeled`: it needs a tensor with a row for each, alone or in a tuple or a dictionary.")
 
 @patch
 def of_labeled(self:Unlabeled, o):

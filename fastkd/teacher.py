@@ -244,7 +244,8 @@ def _warn_of_config(self:Teacher, model, student, known):
     config = getattr(model, 'pretrained_cfg', None)
     if known.normalize is not None or not isinstance(config, Mapping) or 'mean' not in config or student.normalize is None: return
     mean,std = config['mean'],config['std']
-    if normalization_between(student.normalize, (mean,std)) is not None:
+    factor,summand = normalization_between(student.normalize, (mean,std)) or (torch.ones(1),torch.zeros(1))
+    if max((factor-1).abs().max(), summand.abs().max()) > .05:  # less is another way to round
         warnings.warn(f"The teacher's configuration names images normalized with mean {tuple(mean)} and std {tuple(std)}, "
                       "which the student's data are not. If it was trained so, say `Teacher(model, "
                       f"normalize=({tuple(mean)}, {tuple(std)}))`.")

@@ -667,3 +667,14 @@ def test_processes_see_each_others_rows_from_the_next_epoch_on(tmp_path):
         a.cache.file.write_bytes(longer)
         b.cache.begin_epoch()
         assert rows(b, x[16:]) == 0
+
+@pytest.mark.parametrize('mean,std,warned', [((127/255,)*3,(128/255,)*3,False), ((.5,)*3,(.5,)*3,False), ((.485,.456,.406),(.229,.224,.225),True), ((.5,)*3,(.55,)*3,True)])
+def test_a_configuration_that_is_rounded_is_no_other_one(mean, std, warned, recwarn):
+    "timm says mean 0.5 of models whose authors wrote 127/255"
+    from types import SimpleNamespace
+    from fastai.data.transforms import Normalize
+    model = nn.Linear(2, 2)
+    model.pretrained_cfg = dict(mean=(.5,)*3, std=(.5,)*3)
+    dls = SimpleNamespace(vocab=None, after_batch=SimpleNamespace(fs=[Normalize.from_stats(mean, std, cuda=False)]))
+    Teacher(model).adapt(dls)
+    assert bool([w for w in recwarn if "configuration names images" in str(w.message)]) == warned

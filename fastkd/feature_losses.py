@@ -60,6 +60,14 @@ def same_places(
     if any(x.shape[2] - side**2 > 1 for x,side in zip((s, t), sides)): return s,t
     return tuple(x[:,:,x.shape[2]-side**2:].unflatten(2, (side,side)) for x,side in zip((s, t), sides))
 
+# %% ../nbs/00b_feature_losses.ipynb #aa0b7bfc
+def embedding(
+    x:Tensor, # Activation `(B, c, ...)`
+    pool=True, # Mean over space; `False` flattens
+):
+    "One vector `(B, d)` for each image."
+    return x.flatten(2).mean(-1) if pool and x.ndim > 2 else x.flatten(1)
+
 # %% ../nbs/00b_feature_losses.ipynb #38569116
 def same_size(
     s:Tensor, # Activation `(B, c, ...)` of the student
@@ -122,14 +130,6 @@ class Attention(FeatureLoss):
         return F.mse_loss(attention_map(s, self.p), attention_map(t, self.p))
 
     def extra_repr(self): return f'p={self.p}'
-
-# %% ../nbs/00b_feature_losses.ipynb #aa0b7bfc
-def embedding(
-    x:Tensor, # Activation `(B, c, ...)`
-    pool=True, # Mean over space; `False` flattens
-):
-    "One vector `(B, d)` for each image."
-    return x.flatten(2).mean(-1) if pool and x.ndim > 2 else x.flatten(1)
 
 # %% ../nbs/00b_feature_losses.ipynb #0e04b004
 class Similarity(FeatureLoss):

@@ -49,7 +49,9 @@ def shown(
     T # A number, or a function of training progress
 ):
     "A temperature as text: of a schedule its name, without the address"
-    return getattr(T, '__name__', getattr(getattr(T, 'func', None), '__name__', type(T).__name__)) if callable(T) else T
+    if not callable(T): return T
+    f = getattr(T, 'func', getattr(T, 'f', T))  # of a `partial`, or of fastai's schedules
+    return getattr(f, '__name__', type(T).__name__)
 
 # %% ../nbs/00_losses.ipynb #857f4fca
 class KDLoss(nn.Module):

@@ -1,5 +1,6 @@
 "The losses on logits, and `Attention`: against hand loops, closed forms, invariances and limits."
 import copy, inspect, math, pickle, pytest, torch
+from functools import partial
 from torch import nn, tensor
 import torch.nn.functional as F
 from fastai.losses import CrossEntropyLossFlat, MSELossFlat
@@ -181,6 +182,7 @@ def test_temperature_by_fastai_annealer():
     from fastai.callback.schedule import SchedCos
     s,t = rand(2,5), rand(2,5,seed=1)
     assert SoftTarget(T=SchedCos(8, 1))(s, t, pct_train=1.).item() == pytest.approx(Mutual()(s, t).item())
+    assert [str(SoftTarget(T=T)) for T in (SchedCos(8, 1),partial(max, 2))] == ['SoftTarget(T=sched_cos)','SoftTarget(T=max)']  # no address
 
 # ---- the contract
 

@@ -33,8 +33,72 @@ from .reports import Runs, Scale
 from .training import checksum, new_learner, recipe_learner, run_fit, teacher_file, train, trained_teacher, try_batch
 
 # %% auto #0
-__all__ = ['Experiment', 'RecipeExperiment', 'one_line', 'check_make_student', 'check_teacher', 'check_test', 'Progress',
-           'one_run', 'checked_seeds', 'compare', 'run_recipe']
+__all__ = ['compare', 'run_recipe', 'Experiment', 'RecipeExperiment', 'one_line', 'check_make_student', 'check_teacher',
+           'check_test', 'Progress', 'one_run', 'checked_seeds']
+
+# %% ../../nbs/06d_compare.ipynb #cmp00029
+def compare(
+    make_student:callable, # A function without arguments that makes a new student, a `Learner`
+    teacher, # Trained: a `Learner`, a model, a function, or a `Teacher`
+    methods:list=('none','soft'), # Methods as text, such as 'soft(T=4)+fitnet', `Method`s, and `{name: loss}` for objects; 'none' is the student alone
+    seeds:int|list=3, # Number of seeds (0, 1, 2 …), or a list of them
+    epochs:int=10, # Of each student's training
+    lr:float=None, # Its learning rate; that of the learner by default
+    out='runs/compare', # Folder for the finished runs; the same call goes on with the missing ones
+    test=None, # A `DataLoader` with labels that the end of each run is measured on, such as `dls.test_dl(files, with_labels=True)`; the validation set by default
+    metric:str=None, # What is compared; the learner's first metric by default
+    better:str=None, # 'higher' or 'lower'; known of losses and errors
+    layers:tuple=None, # Layers of student and teacher, in pairs, for losses that compare activations; `match_layers` finds them by default
+    fit:callable=Learner.fit_one_cycle, # `fit(learn, epochs, lr, cbs=cbs)` trains a student, for instance `Learner.fine_tune`
+    unlabeled=None, # Items without labels (a list of files, rows …) or a loader of them, which join the batches of students that are distilled
+    views:int=None, # Let augmented and mixed inputs come again after so many epochs, so that the teacher need not look again; see `Views`
+    name:str='', # What the data are, for captions; the name of the folder by default
+    executor=None, # A `concurrent.futures.Executor` that makes the runs, e.g. Dask's `client.get_executor()`
+    show:bool=True # Say what is run?
+) -> Runs:
+    """Train a student with each method and seed: does a teacher help, and with which loss? Finished runs are not repeated.
+
+    Runs of equal seeds start from the same weights and see the same batches. Raises `ValueError` before anything is trained if a method, a seed, the metric or the folder
+    cannot be used."""
+    methods,seeds,epochs = as_methods(list(methods) if isinstance(methods, tuple) else methods),checked_seeds(seeds),checked_count(epochs, 'epochs')
+    check_make_student(make_student)
+    check_teacher(teacher)
+    check_test(test)
+    lr,views = float(lr) if isinstance(lr, numbers.Real) else lr,None if views is None else Views(views).n
+    e = Experiment(make_student, teacher, Results(Path(out or 'runs/compare')/'results.jsonl'), epochs, lr, fit, test, metric, better, layers, str(name),
+        unlabeled=checked_items(unlabeled), views=views)
+    e.scale  # raises for a metric that there is not
+    if executor is not None and (isinstance(executor, ThreadPoolExecutor) or not hasattr(executor, 'submit')):
+        raise ValueError("`executor` must run each call in a process of its own (threads would share one random stream), such as Dask's `client.get_executor()`.")
+    return e.carry_out(methods, seeds, show, executor)
+
+def run_recipe(
+    recipe, # A `Recipe`, or the name of one
+    methods:list=None, # Methods as text, `Method`s, and `{name: loss}` for objects; the recipe's own by default
+    seeds:int|list=5, # Number of seeds (0, 1, 2 …), or a list of them
+    epochs:int=None, # Epochs of the student's training, in place of the recipe's
+    teacher_epochs:int=None, # Epochs of the teacher's training, in place of the recipe's
+    device:str=None, # 'cpu', 'cuda' …; by default a GPU if there is one
+    data=None, # Folder with the data, in place of a download
+    out=None, # Folder for the teacher and the results, finished ones included; `runs/<recipe>` by default
+    statistics:bool=False, # Keep mean and standard deviation of each parameter and its gradient, for each epoch?
+    bf16:bool=False, # Train in bfloat16 mixed precision, channels-last, with a bfloat16 copy of the teacher?
+    views:int=None, # Let augmented and mixed inputs come again after so many epochs, so that the teacher need not look again; see `Views`
+    labels:float=None, # The share of the training rows that keep their labels; the distillation terms see the others too
+    show:bool=True # Say what is run?
+) -> Runs:
+    """Train a recipe's teacher once, then its student with each method and seed; finished runs are not repeated.
+
+    With a share of the `labels`, teacher and student learn from those alone, in so many more epochs that they make as many steps.
+    Raises `ValueError` before anything is trained if a method, a seed, the device or the folder cannot be used."""
+    recipe = _with_epochs(find_recipe(recipe), epochs, teacher_epochs)
+    methods,seeds,device = as_methods(recipe.methods if methods is None else methods),checked_seeds(seeds),_device(device)
+    results,parts = Results(Path(out or Path('runs')/recipe.name)/'results.jsonl'),recipe.data(data)
+    if labels is not None:
+        parts,longer = parts.with_labels(labels),lambda n: n and round(n/labels)
+        recipe = _with_epochs(recipe, longer(recipe.student_fit.epochs), longer(recipe.teacher_fit.epochs))
+        methods = [replace(m, epochs=longer(m.epochs)) for m in methods]
+    return RecipeExperiment(recipe, parts, device, results, bf16, statistics, views).carry_out(methods, seeds, show)
 
 # %% ../../nbs/06d_compare.ipynb #cmp00007
 @dataclass(eq=False)
@@ -624,70 +688,6 @@ def carry_out(self:Experiment,
         if show and not any(m.name == 'none' for m in methods): print("There is no 'none' among these methods, so there is nothing to compare them with.")
         done |= self.run_all(todo, show, executor)
     return Runs([done[m.name,s] for m,s in wanted], self)
-
-# %% ../../nbs/06d_compare.ipynb #cmp00029
-def compare(
-    make_student:callable, # A function without arguments that makes a new student, a `Learner`
-    teacher, # Trained: a `Learner`, a model, a function, or a `Teacher`
-    methods:list=('none','soft'), # Methods as text, such as 'soft(T=4)+fitnet', `Method`s, and `{name: loss}` for objects; 'none' is the student alone
-    seeds:int|list=3, # Number of seeds (0, 1, 2 …), or a list of them
-    epochs:int=10, # Of each student's training
-    lr:float=None, # Its learning rate; that of the learner by default
-    out='runs/compare', # Folder for the finished runs; the same call goes on with the missing ones
-    test=None, # A `DataLoader` with labels that the end of each run is measured on, such as `dls.test_dl(files, with_labels=True)`; the validation set by default
-    metric:str=None, # What is compared; the learner's first metric by default
-    better:str=None, # 'higher' or 'lower'; known of losses and errors
-    layers:tuple=None, # Layers of student and teacher, in pairs, for losses that compare activations; `match_layers` finds them by default
-    fit:callable=Learner.fit_one_cycle, # `fit(learn, epochs, lr, cbs=cbs)` trains a student, for instance `Learner.fine_tune`
-    unlabeled=None, # Items without labels (a list of files, rows …) or a loader of them, which join the batches of students that are distilled
-    views:int=None, # Let augmented and mixed inputs come again after so many epochs, so that the teacher need not look again; see `Views`
-    name:str='', # What the data are, for captions; the name of the folder by default
-    executor=None, # A `concurrent.futures.Executor` that makes the runs, e.g. Dask's `client.get_executor()`
-    show:bool=True # Say what is run?
-) -> Runs:
-    """Train a student with each method and seed: does a teacher help, and with which loss? Finished runs are not repeated.
-
-    Runs of equal seeds start from the same weights and see the same batches. Raises `ValueError` before anything is trained if a method, a seed, the metric or the folder
-    cannot be used."""
-    methods,seeds,epochs = as_methods(list(methods) if isinstance(methods, tuple) else methods),checked_seeds(seeds),checked_count(epochs, 'epochs')
-    check_make_student(make_student)
-    check_teacher(teacher)
-    check_test(test)
-    lr,views = float(lr) if isinstance(lr, numbers.Real) else lr,None if views is None else Views(views).n
-    e = Experiment(make_student, teacher, Results(Path(out or 'runs/compare')/'results.jsonl'), epochs, lr, fit, test, metric, better, layers, str(name),
-        unlabeled=checked_items(unlabeled), views=views)
-    e.scale  # raises for a metric that there is not
-    if executor is not None and (isinstance(executor, ThreadPoolExecutor) or not hasattr(executor, 'submit')):
-        raise ValueError("`executor` must run each call in a process of its own (threads would share one random stream), such as Dask's `client.get_executor()`.")
-    return e.carry_out(methods, seeds, show, executor)
-
-def run_recipe(
-    recipe, # A `Recipe`, or the name of one
-    methods:list=None, # Methods as text, `Method`s, and `{name: loss}` for objects; the recipe's own by default
-    seeds:int|list=5, # Number of seeds (0, 1, 2 …), or a list of them
-    epochs:int=None, # Epochs of the student's training, in place of the recipe's
-    teacher_epochs:int=None, # Epochs of the teacher's training, in place of the recipe's
-    device:str=None, # 'cpu', 'cuda' …; by default a GPU if there is one
-    data=None, # Folder with the data, in place of a download
-    out=None, # Folder for the teacher and the results, finished ones included; `runs/<recipe>` by default
-    statistics:bool=False, # Keep mean and standard deviation of each parameter and its gradient, for each epoch?
-    bf16:bool=False, # Train in bfloat16 mixed precision, channels-last, with a bfloat16 copy of the teacher?
-    views:int=None, # Let augmented and mixed inputs come again after so many epochs, so that the teacher need not look again; see `Views`
-    labels:float=None, # The share of the training rows that keep their labels; the distillation terms see the others too
-    show:bool=True # Say what is run?
-) -> Runs:
-    """Train a recipe's teacher once, then its student with each method and seed; finished runs are not repeated.
-
-    With a share of the `labels`, teacher and student learn from those alone, in so many more epochs that they make as many steps.
-    Raises `ValueError` before anything is trained if a method, a seed, the device or the folder cannot be used."""
-    recipe = _with_epochs(find_recipe(recipe), epochs, teacher_epochs)
-    methods,seeds,device = as_methods(recipe.methods if methods is None else methods),checked_seeds(seeds),_device(device)
-    results,parts = Results(Path(out or Path('runs')/recipe.name)/'results.jsonl'),recipe.data(data)
-    if labels is not None:
-        parts,longer = parts.with_labels(labels),lambda n: n and round(n/labels)
-        recipe = _with_epochs(recipe, longer(recipe.student_fit.epochs), longer(recipe.teacher_fit.epochs))
-        methods = [replace(m, epochs=longer(m.epochs)) for m in methods]
-    return RecipeExperiment(recipe, parts, device, results, bf16, statistics, views).carry_out(methods, seeds, show)
 
 # %% ../../nbs/06d_compare.ipynb #cmp00052
 @patch

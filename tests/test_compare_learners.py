@@ -280,6 +280,9 @@ def test_another_metric_of_the_same_runs(teacher, tmp_path):
     runs = compare(make, teacher, ['none','soft'], 2, 2, 0.02, out=tmp_path, show=False)
     other = runs.by('teacher_agreement')
     assert [r.value for r in other] == [r.more['values']['teacher_agreement'] for r in runs] and 'teacher_agreement' in repr(other) and len(other._repr_html_())
+    lines = repr(other).splitlines()
+    assert lines[0].startswith(' ') and 'value, %' in lines[0] and max(map(len, lines)) <= 80  # long names leave room for the methods'
+    assert not [l for l in lines if l.startswith('teacher')] and any(l.startswith('student alone  ') for l in lines)  # its own value is unknown
     losses = runs.by('valid_loss').table()
     assert losses.attrs['better'] == 'lower' and np.isnan(losses.valid_loss['teacher']) and losses.valid_loss['soft'] == pytest.approx(np.mean([r.log['valid_loss'][-1] for r in runs if r.method == 'soft']))
     with pytest.raises(ValueError, match='no metric \'dice\'; they have'): runs.by('dice')

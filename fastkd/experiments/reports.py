@@ -55,7 +55,7 @@ class Scale:
     ):
         if better not in (None,'higher','lower'): raise ValueError(f"`better` is 'higher' or 'lower', got {better!r}.")
         self.metric,self.sign = metric,-1 if (better or ('lower' if lower_is_better(metric) else 'higher')) == 'lower' else 1
-        share = re.search('acc|error_rate', metric)
+        share = re.search('acc|error_rate|agreement', metric)
         self.by,self.unit,self.points = (100,' %','points') if share else (1,'',metric)
         self.heading = f'{metric}, %' if share else metric
 
@@ -171,16 +171,18 @@ def plain_table(
 ) -> str:
     "A table for a terminal: accuracy, difference, interval, p and time, with a line that explains them."
     baseline,columns = _compared_with(table.attrs.get('baseline', 'student alone')),_columns(table)
+    scale = Scale(table.attrs.get('metric', 'accuracy'))
     shorter = {f'difference to {baseline}': 'difference', 'time per epoch': 'time'}
+    if len(scale.metric) > 12: shorter[scale.heading] = scale.heading.replace(scale.metric, 'value')  # the caption names it
     rows = _cells(table, {shorter.get(k, k): f for k,f in columns.items() if k not in ('parameters','n','gap closed')})
+    rows = [row for row in rows if row[0] != 'teacher' or any(row[1:])]  # of some metrics the teacher has no value
     numbers = ['  '.join(c.rjust(w) for c,w in zip(row[1:], _widths(rows)[1:])) for row in rows]
     room = width - 2 - len(numbers[0])
     first,lines = max(len(row[0]) for row in rows if len(row[0]) <= room),[]
     for (name,*_),text in zip(rows, numbers):
         if len(name) > room: lines += textwrap.wrap(name, width)
         lines.append(f"{name if len(name) <= room else '':{first}}  {text}".rstrip())
-    points = Scale(table.attrs.get('metric', 'accuracy')).points
-    key = f'difference: {points}, to {baseline} with the same seeds; time: of an epoch, relative to {baseline}.'
+    key = f'difference: {scale.points}, to {baseline} with the same seeds; time: of an epoch, relative to {baseline}.'
     return '\n'.join([*lines, '', textwrap.fill(key, width)])
 
 # %% ../../nbs/06e_reports.ipynb #rep00024

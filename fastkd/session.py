@@ -157,7 +157,10 @@ def pairs_of(
     layers # `{student's: teacher's}`, or a list of pairs
 ) -> list:
     "The pairs of layers in a dictionary or a list. Raises `ValueError` as `as_pairs` does."
-    return as_pairs(*zip(*(layers.items() if isinstance(layers, dict) else layers)))
+    pairs = list(layers.items()) if isinstance(layers, dict) else layers
+    if not isinstance(pairs, (list,tuple,L)) or not pairs or not all(isinstance(p, (list,tuple)) and len(p) == 2 for p in pairs):
+        raise ValueError(f"Pairs of layers are `{{student's: teacher's}}` or a list of pairs, got {layers!r}.")
+    return as_pairs(*zip(*pairs))
 
 # %% ../nbs/03b_session.ipynb #5e5060b9
 def layer_pairs(

@@ -4,31 +4,41 @@
 
 # %% ../nbs/01d_start.ipynb #ini00005
 from __future__ import annotations
+import warnings
 from dataclasses import dataclass
+from itertools import takewhile
 import pandas as pd
 import torch
 from torch import nn, Tensor
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from fastai.basics import Learner
 from .layers import find_layer, named_layers, unwrap
 from .matching import match_layers, weighted_layers
-from .session import as_pairs
-from .teacher import Teacher, class_positions, knowledge_of
+from .session import as_pairs, pairs_of
+from .teacher import Teacher, class_positions, knowledge_of, normalization_between
 
 # %% auto #0
-__all__ = ['init_from_teacher']
+__all__ = ['spread', 'taken', 'selected', 'bodies', 'owners', 'by_name', 'positions', 'transforms', 'writes', 'reads',
+           'last_layer', 'heads_of', 'Meanings', 'copy_layer', 'init_from_teacher']
 
 # %% ../nbs/01d_start.ipynb #ini00011
+def spread(
+    d:int, # How many are wanted
+    D:int, # Of how many
+    places:int=1 # So many neighbors belong together, such as the places of a channel in a flattened map
+) -> Tensor:
+    "Indices of `d` of `D` elements: for each `i` element `floor(i*D/d)`, of groups of neighbors whole ones."
+    first = torch.arange(d//places)*(D//places)//(d//places)
+    return (first[:,None]*places + torch.arange(places)).flatten()
+
+def taken(t, axis, index): return t.index_select(axis, torch.as_tensor(index, device=t.device))
+
 def selected(
     t:Tensor, # A tensor of the teacher
-    shape, # The wanted shape
-    rows:list=None # Indices along the first axis, where the sizes do not decide
+    shape # The wanted shape
 ) -> Tensor:
-    "The elements of `t` for a tensor of `shape`: along each axis element `floor(i*D/d)` of `D`."
-    for axis,d in enumerate(shape):
-        D = t.shape[axis]
-        index = torch.tensor(rows) if rows is not None and axis == 0 else torch.arange(d)*D//d
-        t = t.index_select(axis, index.to(t.device))
+    "The elements of `t` for a tensor of `shape`, spread along each axis."
+    for axis,d in enumerate(shape): t = taken(t, axis, spread(d, t.shape[axis]))
     return t
 
 # %% ../nbs/01d_start.ipynb #ini00014
@@ -37,7 +47,8 @@ def sizes_text(t): return ' × '.join(map(str, t.shape)) or '1'
 def misfit(
     layer, # The student's layer
     other, # The teacher's
-    a:Tensor, # A parameter or buffer of the student's layer
+    name:str, # Of the parameter or buffer
+    a:Tensor, # The student's
     b:Tensor # The teacher's
 ) -> str:
     "Why no selection of `b` fits `a`; empty if one does."
@@ -46,7 +57,7 @@ def misfit(
         return f"{other.groups} groups in the teacher, {layer.groups} here"
     if not differ and a.ndim == b.ndim: return ''
     if a.ndim == b.ndim and a.is_floating_point():
-        free = (0,1) if a.ndim < 3 and not isinstance(layer, nn.Embedding) else ()
+        free = (0,1) if a.ndim < 3 and not isinstance(layer, nn.Embedding) and 'pos' not in name else ()  # the rows of `pos_embed` are places
         if isinstance(layer, _ConvNd): fits = all(i < 2 for i in differ)
         else: fits = all(i in free or i == a.ndim-1 or set(a.shape[i+1:]) == {1} for i in differ)
         if fits: return ''
@@ -76,6 +87,8 @@ def same_kind(a, b):
 # %% ../nbs/01d_start.ipynb #ini00017
 def joined(*names): return '.'.join(filter(None, names))
 
+other_place = "other layers before it in the teacher"
+
 def walk(
     layer, # A layer of the student
     other, # Its counterpart; `None` if there is none
@@ -85,9 +98,12 @@ def walk(
 ):
     "Yield a `Counterpart` for each layer in `layer` that has parameters or buffers."
     if tensors_of(layer): yield Counterpart(name, layer, source if other is not None else '', other, note)
+    shifted = False
     for n,child in layer.named_children():
         found,why = other._modules.get(n) if other is not None else None,note
-        if other is not None and found is None: why = "no such layer in the teacher"
+        # names are numbers: with a pooling in the place of a convolution, they are those of other layers from here on
+        shifted |= n.isdigit() and found is not None and not isinstance(child, nn.Identity) and not isinstance(found, nn.Identity) and bool(owners(child)) != bool(owners(found))
+        if other is not None and (found is None or shifted): found,why = None,other_place if shifted else "no such layer in the teacher"
         elif found is not None and not same_kind(child, found):
             found,why = None,f"a {type(found).__name__} in the teacher, a {type(child).__name__} here"
         yield from walk(child, found, joined(name, n), joined(source, n), why)
@@ -102,16 +118,15 @@ def owners(model): return {n: l for n,l in model.named_modules() if tensors_of(l
 
 def by_name(student, teacher):
     "Counterparts by the names below the two layers where most names agree; empty if less than half of the student's do"
-    best,n = None,0
-    for s in bodies(student):
-        ours = owners(s[1])
-        for t in bodies(teacher):
-            theirs = owners(t[1])
-            agree = sum(k in theirs and same_kind(l, theirs[k]) for k,l in ours.items())
-            if agree > n: best,n = (s,t),agree
-    if 2*n < len(owners(student)): return []
-    (s_name,s),(t_name,t) = best
-    return list(walk(s, t, s_name, t_name))
+    best,n = [],0
+    for s_name,s in bodies(student):
+        ours = owners(s)
+        for t_name,t in bodies(teacher):
+            theirs,found = owners(t),list(walk(s, t, s_name, t_name))
+            moved = {c.layer for c in found if c.note == other_place}
+            agree = sum(k in theirs and same_kind(l, theirs[k]) and l not in moved for k,l in ours.items())
+            if agree > n: best,n = found,agree
+    return best if 2*n >= len(owners(student)) else []
 
 # %% ../nbs/01d_start.ipynb #ini00021
 def in_order(ours, theirs):
@@ -148,47 +163,98 @@ def gaps(model, stages):
 def positions(
     ours:list, # Classes or words of the student, `None` if they are not known
     theirs:list, # The teacher's
-    a:Tensor, # A tensor with a row for each of the student's
-    b:Tensor # The teacher's
+    n_ours:int, # How many rows the student has
+    n_theirs:int # How many the teacher has
 ) -> list|None:
-    "For each row of `a` its row of `b`; `None` if there is none for some."
-    if ours is None or theirs is None or len(ours) != len(a) or len(theirs) != len(b): return list(range(len(a))) if len(a) == len(b) else None
-    try: return class_positions(ours, theirs) or list(range(len(a)))
+    "For each of the student's rows the teacher's; `None` if there is none for some."
+    if ours is None or theirs is None or len(ours) != n_ours or len(theirs) != n_theirs: return list(range(n_ours)) if n_ours == n_theirs else None
+    try: return class_positions(ours, theirs) or list(range(n_ours))
     except ValueError: return None
+
+def transforms(model): return [l for l in weighted_layers(model) if isinstance(l, (nn.Linear,_ConvNd))]
+
+def writes(layer): return layer.out_channels if isinstance(layer, _ConvNd) else layer.out_features
+
+def reads(layer):
+    "How many channels or units a layer may read"
+    if isinstance(layer, _ConvNd): return {layer.in_channels}
+    tensors = [] if isinstance(layer, nn.Embedding) else list(tensors_of(layer).values())
+    return {t.shape[1] for t in tensors if t.ndim > 1} or {len(t) for t in tensors if t.ndim}
 
 def last_layer(model):
     "The last linear layer or convolution, `None` if the last layer with weights is another one"
     last = (weighted_layers(model) or [None])[-1]
-    return last if isinstance(last, (nn.Linear, _ConvNd)) else None
+    return last if isinstance(last, (nn.Linear,_ConvNd)) else None
 
-def has_classes(model, layer, classes):
-    "Has `layer`, the last one, a row for each class: as many as there are `classes`, or a number that is no width of the model?"
-    if layer is None: return False
-    widths = {n for l in owners(model).values() if l is not layer for t in tensors_of(l).values() for n in t.shape[:2]}
-    return len(layer.weight) == len(classes or ()) or len(layer.weight) not in widths
+def heads_of(model, classes):
+    "The layers with a row for each class: the last one, and others with as many rows. What a later layer reads is no class, unless the last layer has so many `classes`"
+    last,first = last_layer(model),next(iter(transforms(model)), None)
+    numbers = {len(classes or ()), 0 if last is None else writes(last)}
+    def is_read(layer): return any(writes(layer) in reads(o) for o in owners(model).values() if o is not layer and o is not first)
+    return [l for l in transforms(model) if writes(l) in numbers and (l is last and writes(l) == len(classes or ()) or not is_read(l))]
 
-class Vocabularies:
-    "Which rows of the layers that know classes or words are taken."
-    def __init__(self, student, teacher, ours, theirs):
-        self.ours,self.theirs,self.last = ours,theirs,[last_layer(m) for m in (student,teacher)]
-        self.heads = [has_classes(*o) for o in zip((student,teacher), self.last, (ours.classes,theirs.classes))]
-        self.embeddings = {id(l.weight) for l in student.modules() if isinstance(l, nn.Embedding)}
+class Meanings:
+    "What the axes of tensors stand for, where their sizes do not decide."
+    def __init__(self, models, known):
+        self.known,self.before = known,None
+        self.heads,self.last = [heads_of(m, k.classes) for m,k in zip(models, known)],[last_layer(m) for m in models]
+        self.embeddings = [[l for l in m.modules() if isinstance(l, nn.Embedding)] for m in models]
+        self.first = [next(iter(transforms(m)), None) for m in models]
+        self.inputs = [*takewhile(lambda l: l is not self.first[0], owners(models[0]).values()), self.first[0]]
 
-    def rows(self, c:Counterpart, a, b):
-        "`(rows, note)` for the tensors `a` and `b` of a counterpart: `rows` is `None` where the sizes decide"
-        tied = any(self.heads) and isinstance(c.layer, nn.Embedding) and a is getattr(self.last[0], 'weight', None)  # embedding and decoder
-        last = [c.layer is self.last[0] or tied, c.other is self.last[1] or tied]
-        if all(last) and any(self.heads): what,rows = 'classes',positions(self.ours.classes, self.theirs.classes, a, b)
-        elif any(l and h for l,h in zip(last, self.heads)): return None,"the last layer of one model, and not of the other"
-        elif id(a) in self.embeddings: what,rows = 'words or categories',positions(self.ours.words, self.theirs.words, a, b)
-        else: return None,''
-        return rows,'' if rows is not None else f"other {what} in the teacher"
+    def passed(self, c):
+        "After a convolution a layer may read a flattened map"
+        if isinstance(c.layer, nn.Embedding) or not any(t.ndim > 1 for t in tensors_of(c.layer).values()): return
+        self.before = [writes(l) for l in (c.layer,c.other)] if isinstance(c.layer, _ConvNd) and isinstance(c.other, _ConvNd) else None
+
+    def part(self, c:Counterpart, a, b):
+        "`(t, note)`: of `b`, the counterpart of the tensor `a`, what stands for the rows and columns of `a`, or why nothing does"
+        heads = [l in heads for l,heads in zip((c.layer,c.other), self.heads)]
+        axis = int(isinstance(c.layer, _ConvTransposeNd) and a.ndim > 1)
+        if all(heads) or any(heads) and [c.layer,c.other] == self.last: return self.rows('classes', *[k.classes for k in self.known], a, b, axis)
+        if any(heads): return b,"a head in one model, and not in the other"
+        if c.layer in self.inputs and all(k.columns for k in self.known) and (note := self.other_columns(c, a, b)): return b,note
+        if isinstance(c.layer, nn.Embedding): return self.rows('words or categories', *[self.names(i, l, len(t)) for i,(l,t) in enumerate(((c.layer,a),(c.other,b)))], a, b)
+        if a.ndim > 1 and [c.layer,c.other] == self.first: return self.of_images(c, b)
+        if self.before and (isinstance(c.layer, nn.Linear) and a.ndim == 2 or isinstance(c.layer, nn.BatchNorm1d) and a.ndim == 1): return self.of_maps(a, b, a.ndim-1)
+        return b,''
+
+    def rows(self, what, ours, theirs, a, b, axis=0):
+        index = positions(ours, theirs, a.shape[axis], b.shape[axis])
+        return (b,f"other {what} in the teacher") if index is None else (taken(b, axis, index), '')
+
+    def names(self, i, layer, n):
+        "The `n` words or categories of an embedding, if they are known; a language model's words are its classes"
+        columns = [v for v in (self.known[i].columns or {}).values() if v is not None]
+        if len(columns) == len(self.embeddings[i]): return columns[[l is layer for l in self.embeddings[i]].index(True)]
+        return next((o for o in (self.known[i].words,self.known[i].classes) if o is not None and len(o) == n), None)
+
+    def other_columns(self, c, a, b):
+        "Why a layer that reads the columns of a table is not taken"
+        ours,theirs = [list(k.columns) for k in self.known]
+        if ours != theirs: return "other columns in the teacher"
+        return "embeddings of other sizes in the teacher" if c.layer is self.first[0] and a.ndim > 1 and a.shape[1] != b.shape[1] else ''
+
+    def of_images(self, c, b):
+        "What the first convolution reads"
+        if not isinstance(c.layer, _ConvNd) or any(self.embeddings): return b,''
+        ours,theirs = c.layer.in_channels,c.other.in_channels
+        if ours == theirs or min(ours, theirs) > 4: return b,''
+        return (b.sum(1, keepdim=True), '') if ours == 1 else (b, f"{theirs} channels of images in the teacher, {ours} here")
+
+    def of_maps(self, a, b, axis):
+        "What a layer reads after a convolution: channels, or the places of each channel"
+        (k,n),(K,N) = zip(self.before, (a.shape[axis],b.shape[axis]))
+        if n % k or N % K: return b,''
+        if n//k != N//K and max(n//k, N//K) > 2: return b,f"{N//K} places of each channel in the teacher, {n//k} here"
+        if n//k > 2: b = taken(b, axis, spread(n, N, n//k))  # two may be `AdaptiveConcatPool2d`'s, all maxima before all means
+        return b,''
 
 # %% ../nbs/01d_start.ipynb #ini00025
 @torch.no_grad()
 def copy_layer(
     c:Counterpart, # A layer with its counterpart
-    vocabularies:Vocabularies # Which rows belong to which class or word
+    meanings:Meanings # Of the axes of its tensors
 ):
     "Copy the tensors of one layer if all of them fit, else say why not."
     ours,theirs = tensors_of(c.layer),tensors_of(c.other)
@@ -196,13 +262,12 @@ def copy_layer(
     for n,a in ours.items():
         if n not in theirs: c.note = f"no {n} in the teacher"
         else:
-            rows,why = vocabularies.rows(c, a, theirs[n])
-            b = theirs[n] if rows is None else theirs[n][rows]
-            c.note = why or misfit(c.layer, c.other, a, b)
-            if not c.note: values[n] = selected(theirs[n], a.shape, rows)
+            b,c.note = meanings.part(c, a, theirs[n])
+            c.note = c.note or misfit(c.layer, c.other, n, a, b)
+            if not c.note: values[n] = selected(b, a.shape)
         if c.note: return
     for n,v in values.items(): ours[n].data.copy_(v)
-    c.share = sum(t.numel() for t in ours.values())/max(1, sum(theirs[n].numel() for n in ours))
+    c.share = min(1., sum(t.numel() for t in ours.values())/max(1, sum(theirs[n].numel() for n in ours)))
 
 # %% ../nbs/01d_start.ipynb #ini00026
 class InitTable(pd.DataFrame):
@@ -218,10 +283,10 @@ class InitTable(pd.DataFrame):
 def counterparts(student, teacher, layers, xb) -> list:
     "The counterparts of two models or Learners. Raises `ValueError` if it is not known which layers belong together"
     models = unwrap(student),unwrap(teacher)
-    if layers is not None: return by_stage(*models, as_pairs(*(zip(*layers.items()) if isinstance(layers, dict) else layers)), between=False)
-    found = by_name(*models)
-    if any(c.other is not None for c in found): return found
-    if xb is None and not any(isinstance(m, Learner) for m in (student,teacher)):
+    if layers is not None: return by_stage(*models, as_pairs(*layers) if isinstance(layers, tuple) else pairs_of(layers), between=False)
+    found,inputs = by_name(*models),xb is not None or any(isinstance(m, Learner) for m in (student,teacher))
+    if any(c.other is not None for c in found) and not (inputs and any(c.note == other_place for c in found)): return found
+    if not inputs:
         raise ValueError("The layers of student and teacher have other names. Give `xb`, a batch of inputs, so that `match_layers` can pair them, or "
                          "pairs yourself: `layers={'layer1': '0.4', ...}`.")
     return by_stage(*models, list(zip(*match_layers(student, teacher, xb))))
@@ -230,14 +295,15 @@ def counterparts(student, teacher, layers, xb) -> list:
 def init_from_teacher(
     student, # A model or a `Learner`, which is changed in place
     teacher, # A trained model, a `Learner`, or a `Teacher` of one model
-    layers=None, # Pairs of layers within which to copy, `{student's: teacher's}` or `(student's names, teacher's names)`; left out, all that fit
+    layers=None, # Pairs of layers within which to copy, `{student's: teacher's}`, a list of pairs, or `(student's names, teacher's names)`; left out, all that fit
     xb=None # A batch of inputs, to match the layers of two bare models whose names differ; a `Learner` has its own
 ) -> InitTable:
     """Start the student from its teacher: copy to each parameter and buffer a selection of its counterpart's.
 
     Counterparts have the same name, in models or in stages that `match_layers` pairs, so of more blocks the first are taken. Along each axis
-    element `i` of `d` is element `floor(i*D/d)` of `D`; classes and words are taken by vocabulary. Layers of another kind, and kernels of another
-    size, keep their own weights. The optimizer of a `Learner` forgets its state; what is frozen stays so.
+    element `i` of `d` is element `floor(i*D/d)` of `D`; classes, words and categories are taken by name. Layers of another kind, kernels of another
+    size, and what reads other images or columns keep their own weights. Channels of several layers, concatenated in other proportions or
+    shuffled in space, are not aligned. The optimizer of a `Learner` forgets its state; what is frozen stays so.
     The table has a row for each layer: `from`, `share` of the teacher's layer, `parameters`, and a `note` where nothing was taken.
     Raises `ValueError` if nothing fits.
     Xu et al., ICLR 2024, "Initializing models with larger ones"."""
@@ -249,16 +315,18 @@ def init_from_teacher(
     if unwrap(student) is unwrap(source): raise ValueError("The teacher is the student itself.")
     found = {}
     for c in counterparts(student, source, layers, xb): found.setdefault(c.layer, c)  # a shared layer by its first name
-    known = knowledge_of(student.dls if isinstance(student, Learner) else None)
-    vocabularies = Vocabularies(unwrap(student), unwrap(source), known, teacher.knowledge(0))
-    for c in found.values():
-        if c.other is not None: copy_layer(c, vocabularies)
-    if not any(c.share for c in found.values()):
-        why = next((f": {c.name!r}, {c.note}" for c in found.values() if c.note), '')
+    known = knowledge_of(student.dls if isinstance(student, Learner) else None),teacher.knowledge(0)
+    if normalization_between(*[k.normalize for k in known]):
+        warnings.warn("The teacher's images were normalized in another way than the student's, so the same weights see other numbers: give the student's data the teacher's `Normalize`.")
+    meanings,without = Meanings([unwrap(student), unwrap(source)], known),"not in `layers`" if layers else "no counterpart in the teacher"
+    rows = [found.get(l) or Counterpart(n, l, note=without) for n,l in owners(unwrap(student)).items()]
+    for c in rows:
+        if c.other is not None: copy_layer(c, meanings)
+        meanings.passed(c)
+    if not any(c.share for c in rows):
+        why = next((f": {c.name!r}, {c.note}" for c in rows if c.note and c.note != without), '')
         raise ValueError(f"Nothing of the teacher ({type(unwrap(source)).__name__}) fits the student ({type(unwrap(student)).__name__}){why}.")
     if isinstance(student, Learner) and student.opt is not None: student.opt.clear_state()
-    without = "not in `layers`" if layers else "no counterpart in the teacher"
-    rows = [found.get(l) or Counterpart(n, l, note=without) for n,l in owners(unwrap(student)).items()]
     return InitTable({'from': [c.source if c.share else '' for c in rows], 'share': [c.share for c in rows],
         'parameters': [sum(p.numel() for p in c.layer.parameters(recurse=False)) for c in rows], 'note': [c.note for c in rows]},
         index=pd.Index([c.name for c in rows], name='layer'))

@@ -79,20 +79,23 @@ def makes_models(
     return not params or bool({'weights','pretrained'} & set(params))
 
 # %% ../nbs/02_teacher.ipynb #737bb627
-#: What a teacher's `Learner` knows: `classes` and `words` (lists), `normalize` (mean and std of each channel; `()` for none); `None` for what is not known
-Knowledge = namedtuple('Knowledge', 'classes words normalize', defaults=(None,None,None))
+#: What a teacher's `Learner` knows: `classes` and `words` (lists), `normalize` (mean and std of each channel; `()` for none), `columns` of a table
+#: (`{name: categories}`, for numbers `{name: None}`); `None` for what is not known
+Knowledge = namedtuple('Knowledge', 'classes words normalize columns', defaults=(None,)*4)
 
 def knowledge_of(
     dls # `DataLoaders`, or `None`
 ) -> Knowledge:
-    "What `dls` say of classes, words and normalization."
+    "What `dls` say of classes, words, normalization and columns."
     vocab = getattr(dls, 'vocab', None) if dls is not None else None
     vocab = None if vocab is None else [list(o) if not isinstance(o, str) and hasattr(o, '__len__') else o for o in vocab]
     text = vocab is not None and len(vocab) == 2 and all(isinstance(o, list) for o in vocab)  # fastai's text: words, then classes
     classes,words = (vocab[1],vocab[0]) if text else (vocab,None)
     norm = next((f for f in getattr(getattr(dls, 'after_batch', None), 'fs', []) if isinstance(f, Normalize)), None)
     mean_std = () if norm is None or norm.mean is None else tuple(torch.as_tensor(o).flatten().tolist() for o in (norm.mean,norm.std))
-    return Knowledge(classes, words, mean_std if dls is not None else None)
+    table = getattr(dls, 'cat_names', None) is not None and getattr(dls, 'cont_names', None) is not None
+    columns = {**{n: list(dls.classes[n]) for n in dls.cat_names}, **dict.fromkeys(dls.cont_names)} if table else None
+    return Knowledge(classes, words, mean_std if dls is not None else None, columns)
 
 # %% ../nbs/02_teacher.ipynb #f595d254
 def class_positions(
@@ -101,11 +104,13 @@ def class_positions(
 ) -> list|None:
     "For each class of the student its position among the teacher's, `None` if they agree. Raises `ValueError` for a class that the teacher does not know."
     if student == teacher or student is None or teacher is None: return None
-    unknown = [c for c in student if c not in teacher]
+    key = lambda c: tuple(c) if isinstance(c, list) else c
+    where = {key(c): i for i,c in reversed(list(enumerate(teacher)))}
+    unknown = [c for c in student if key(c) not in where]
     if unknown:
         raise ValueError(f"The teacher does not know {'the class' if len(unknown) == 1 else 'the classes'} {', '.join(map(repr, unknown[:5]))}; its classes are {teacher[:10]}. "
             "Use a teacher that was trained on them, or a loss on activations such as `Attention`.")
-    return [teacher.index(c) for c in student]
+    return [where[key(c)] for c in student]
 
 # %% ../nbs/02_teacher.ipynb #b129ad85
 def architecture(

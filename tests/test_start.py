@@ -6,6 +6,7 @@ from torch import nn
 from torchvision import models as tv
 from fastai.basics import Adam, params
 from fastai.layers import ConvLayer
+from fastai.data.transforms import Normalize
 from fastai.tabular.model import TabularModel
 from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config, awd_lstm_lm_config
 from fastai.text.models.core import get_language_model, get_text_classifier
@@ -214,7 +215,7 @@ def test_fewer_layers_before_the_head():
     student,teacher = chain(5, 7, 3),chain(5, 7, 6, 3)
     before = student[2].weight.clone()
     table = init_from_teacher(student, teacher)
-    assert table.note['2'] == "the last layer of one model, and not of the other" and torch.equal(student[2].weight, before)
+    assert table.note['2'] == "a head in one model, and not in the other" and torch.equal(student[2].weight, before)
     assert table.share['0'] == 1
 
 def test_a_patch_embedding_of_another_size():
@@ -374,3 +375,118 @@ def test_a_flat_network_starts_stage_by_stage():
     assert (table.share == 1).all()
     for i,j in zip(range(8), (0,2,4,5,8,9,12,13)): assert torch.equal(convs[0][i].weight, convs[1][j].weight)
     assert torch.equal(student.classifier[6].weight, teacher.classifier[6].weight)
+
+# --- what sizes do not tell ----------------------------------------------------------------------------------------
+
+def plain_cnn(width, places=4, image=3, classes=4):
+    return nn.Sequential(nn.Conv2d(image, width, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d((places,1)), nn.Flatten(), nn.Linear(width*places, 2*width), nn.ReLU(), nn.Linear(2*width, classes))
+
+def test_a_flattened_map_is_read_by_channel_and_place():
+    "A teacher whose channels are there twice, and a student of half the width: the same outputs"
+    small,big,student = plain_cnn(3),plain_cnn(6),plain_cnn(3)
+    with torch.no_grad():
+        big[0].weight.copy_(small[0].weight.repeat_interleave(2, 0)); big[0].bias.copy_(small[0].bias.repeat_interleave(2))
+        read = small[4].weight.view(6,3,4).repeat_interleave(2, 1).flatten(1)/2
+        big[4].weight.copy_(read.repeat_interleave(2, 0)); big[4].bias.copy_(small[4].bias.repeat_interleave(2))
+        big[6].weight.copy_(small[6].weight.repeat_interleave(2, 1)/2); big[6].bias.copy_(small[6].bias)
+    x = torch.randn(5,3,8,8)
+    assert torch.allclose(big(x), small(x), atol=1e-6)
+    assert not init_from_teacher(student, big).note.any()
+    assert torch.allclose(student[4].weight*2, small[4].weight) and torch.allclose(student[6].weight*2, small[6].weight)  # each reads half of what there was twice
+    other = init_from_teacher(plain_cnn(3, places=9), big)
+    assert other.note['4'] == '4 places of each channel in the teacher, 9 here' and other.share['6']
+    norm = lambda w: nn.Sequential(nn.Conv2d(3,w,3), nn.Flatten(), nn.BatchNorm1d(9*w))
+    student,teacher = norm(2),moved(norm(4))
+    init_from_teacher(student, teacher)
+    assert torch.equal(student[2].running_mean, teacher[2].running_mean.view(4,9)[::2].flatten())
+
+def test_the_head_of_a_vision_learner_reads_maxima_and_means():
+    student,teacher = [create_vision_model(lambda pretrained=False, w=w: resnet([1,1,1,1], w), 3, pretrained=False, cut=-2) for w in (8,16)]
+    assert not init_from_teacher(student, teacher).note.any()
+    assert torch.equal(student[1][2].weight, teacher[1][2].weight[::2]) and torch.equal(student[1][4].weight, teacher[1][4].weight[:,::2])
+
+def test_gray_images_and_other_channels():
+    student,teacher,x = plain_cnn(6, image=1),plain_cnn(6),torch.randn(4,1,8,8)
+    assert not init_from_teacher(student, teacher).note.any()
+    assert torch.allclose(student(x), teacher(x.expand(-1,3,-1,-1)), atol=1e-5)
+    assert init_from_teacher(plain_cnn(6, image=6), teacher).note['0'] == '3 channels of images in the teacher, 6 here'
+
+class TwoHeads(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.head,self.body,self.other = nn.Linear(7, classes),nn.Sequential(nn.Linear(5, 7), nn.ReLU()),nn.Linear(7, classes)
+    def forward(self, x): return self.head(self.body(x))
+
+def test_every_head_by_class():
+    student,teacher = [learner(model=TwoHeads(len(v))) for v in ('cab','abcd')]
+    student.dls.vocab,teacher.dls.vocab = list('cab'),list('abcd')
+    assert not init_from_teacher(student, teacher).note.any()
+    for n in ('head','other'): assert torch.equal(getattr(student.model, n).weight, getattr(teacher.model, n).weight[[2,0,1]])
+    table = init_from_teacher(TwoHeads(3), TwoHeads(6))
+    assert table.note['head'] == table.note['other'] == 'other classes in the teacher' and table.share['body.0'] == 1
+    fcn = lambda n: tv.segmentation.fcn_resnet50(weights=None, weights_backbone=None, aux_loss=True, num_classes=n)
+    assert init_from_teacher(fcn(3), fcn(21)).note[['classifier.4','aux_classifier.4']].all()
+
+def test_a_transposed_convolution_as_the_head():
+    student,teacher = [learner(model=nn.Sequential(nn.Conv2d(3,4,3), nn.ReLU(), nn.ConvTranspose2d(4, n, 2))) for n in (3,3)]
+    student.dls.vocab,teacher.dls.vocab = list('cab'),list('abc')
+    init_from_teacher(student, teacher)
+    assert torch.equal(student.model[2].weight, teacher.model[2].weight[:,[2,0,1]]) and torch.equal(student.model[2].bias, teacher.model[2].bias[[2,0,1]])
+    assert init_from_teacher(nn.Sequential(nn.Conv2d(3,4,3), nn.ConvTranspose2d(4,2,2)), nn.Sequential(nn.Conv2d(3,4,3), nn.ConvTranspose2d(4,5,2))).note['1'] == 'other classes in the teacher'
+
+def table_learner(categories, conts=('x','y'), seed=0):
+    from fastai.tabular.all import CategoryBlock, Categorify, Normalize, TabularDataLoaders, tabular_learner
+    import pandas as pd
+    rng = np.random.RandomState(seed)
+    df = pd.DataFrame({**{n: rng.permutation(np.resize(list(c), 40)) for n,c in categories.items()}, **{n: rng.randn(40).astype('f') for n in conts}, 't': ['no','yes']*20})
+    dls = TabularDataLoaders.from_df(df, procs=[Categorify,Normalize], cat_names=list(categories), cont_names=list(conts), y_names='t', y_block=CategoryBlock(), bs=8, valid_idx=list(range(8)))
+    return tabular_learner(dls, layers=[6,4])
+
+def test_columns_and_categories_of_a_table():
+    student,teacher = table_learner(dict(k='cbde', m='xy')),table_learner(dict(k='abcde', m='xy'), seed=1)
+    table = init_from_teacher(student, teacher)
+    assert not table.note.any() and torch.equal(student.model.embeds[0].weight, teacher.model.embeds[0].weight[[0,2,3,4,5]])  # `#na#` comes first
+    unknown = init_from_teacher(table_learner(dict(k='bcdef', m='xy')), teacher)
+    assert unknown.note['embeds.0'] == 'other words or categories in the teacher' and unknown.share['embeds.1'] == 1
+    assert init_from_teacher(table_learner(dict(k='ab', m='xy')), teacher).note['layers.0.0'] == 'embeddings of other sizes in the teacher'
+    for other in (table_learner(dict(m='xy', k='abcde')), table_learner(dict(k='abcde', m='xy'), conts=('y','x'))):
+        table = init_from_teacher(other, teacher)
+        assert set(table.note[['embeds.0','embeds.1','bn_cont','layers.0.0']]) == {'other columns in the teacher'} and table.share['layers.1.0'] == 1
+
+def test_words_of_a_language_model_for_a_classifier():
+    student,teacher = learner(model=text(2, 20, 8, words=4)),learner(model=language(2, 20, 8, words=4))
+    student.dls.vocab,teacher.dls.vocab = (['xxunk','dog','cat','bird'],['n','p']),['xxunk','cat','bird','dog']
+    init_from_teacher(student, teacher)
+    assert torch.equal(student.model[0].module.encoder.weight, teacher.model[0].encoder.weight[[0,3,1,2]])
+
+class Positions(nn.Module):
+    def __init__(self, n, width):
+        super().__init__()
+        self.pos_embed,self.out = nn.Parameter(torch.randn(n, width)),nn.Linear(width, 3)
+
+def test_places_keep_their_number():
+    assert init_from_teacher(Positions(16, 8), Positions(64, 16)).note[''] == '64 × 16 in the teacher, 16 × 8 here'
+    student,teacher = Positions(16, 8),Positions(16, 16)
+    assert init_from_teacher(student, teacher).share[''] == .5 and torch.equal(student.pos_embed, teacher.pos_embed[:,::2])
+
+def test_names_that_are_numbers_of_other_layers():
+    "VGG13 and VGG16: the names agree up to the third stage, and then mean other layers"
+    student,teacher = tv.vgg13(num_classes=10),tv.vgg16(num_classes=10)
+    table = init_from_teacher(student, teacher)
+    assert table.note['features.15'] == table.note['features.22'] == 'other layers before it in the teacher' and table.share['features.12'] == 1
+    assert (init_from_teacher(student, teacher, xb=images).share == 1).all()
+    assert torch.equal(student.features[22].weight, teacher.features[26].weight)
+
+def test_a_warning_for_another_normalization(recwarn):
+    a,b,c = learner(),learner(),learner()
+    for o,m in ((a,.5),(b,.5),(c,.1)): o.dls.add_tfms([Normalize(torch.full((1,3,1,1), m), torch.ones(1,3,1,1))], 'after_batch')
+    init_from_teacher(a, b)
+    init_from_teacher(a, net())
+    assert not [w for w in recwarn if 'normalized' in str(w.message)]
+    with pytest.warns(UserWarning, match='normalized in another way'): init_from_teacher(a, c)
+
+def test_pairs_as_a_list():
+    lists = init_from_teacher(tv.resnet18(), tv.resnet34(), layers=[('layer1','layer1'),('layer2','layer2')])
+    assert list(lists['from']) == list(init_from_teacher(tv.resnet18(), tv.resnet34(), layers={'layer1': 'layer1', 'layer2': 'layer2'})['from']) and lists.share['layer2.0.conv1'] == 1
+    for bad in ([], {}, 'layer1', ['layer1']):
+        with pytest.raises(ValueError, match='Pairs of layers'): init_from_teacher(tv.resnet18(), tv.resnet34(), layers=bad)

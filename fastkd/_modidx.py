@@ -12,6 +12,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'fastkd.bodies.LinearProbe.accumulate': ('bodies.html#linearprobe.accumulate', 'fastkd/bodies.py'),
                                'fastkd.bodies.LinearProbe.reset': ('bodies.html#linearprobe.reset', 'fastkd/bodies.py'),
                                'fastkd.bodies.LinearProbe.value': ('bodies.html#linearprobe.value', 'fastkd/bodies.py'),
+                               'fastkd.bodies.StandInLabels': ('bodies.html#standinlabels', 'fastkd/bodies.py'),
+                               'fastkd.bodies.StandInLabels.before_batch': ('bodies.html#standinlabels.before_batch', 'fastkd/bodies.py'),
                                'fastkd.bodies.ValidationLoss': ('bodies.html#validationloss', 'fastkd/bodies.py'),
                                'fastkd.bodies.ValidationLoss.__init__': ('bodies.html#validationloss.__init__', 'fastkd/bodies.py'),
                                'fastkd.bodies.ValidationLoss.after_loss': ('bodies.html#validationloss.after_loss', 'fastkd/bodies.py'),

@@ -18,11 +18,13 @@ from .feature_losses import Cosine
 from .layers import find_layer, first_tensor, layer_name, on_device, resting, rewound, trace, undisturbed, unwrap
 from .losses import as_loss, plain
 from .matching import first_batch
+from .objective import BatchWeights
 from .session import pairs_of
 from .teacher import Teacher, described, makes_models
 
 # %% auto #0
-__all__ = ['BodyDistillation', 'ValidationLoss', 'distill_learner', 'body_learner', 'linear_probe', 'LinearProbe']
+__all__ = ['BodyDistillation', 'StandInLabels', 'ValidationLoss', 'distill_learner', 'body_learner', 'linear_probe',
+           'LinearProbe']
 
 # %% ../nbs/09_bodies.ipynb #bod00008
 def root_of(model, xb, role):
@@ -42,10 +44,11 @@ def places(root):
     "The axes of the output that hold no channels"
     return [i for i in range(1, len(root.shape)) if i != root.layout.channel_axis]
 
-def pooled(model, root):
-    "`model`, which ran as `root` says, with the mean over all places behind it if there are any"
+def pooled(model, root, xb):
+    "`model`, which ran on `xb` as `root` says, with the mean over all places behind it if there are any"
     axes = places(root)
     if not axes: return model
+    if len(xb) > 1: raise ValueError(f"A body of {len(xb)} inputs must return pooled features `(B, c)`; this one returns the shape {root.shape}.")
     # classes of PyTorch and fastai only: what is exported loads without fastkd
     return nn.Sequential(model, *([nn.AdaptiveAvgPool2d(1), nn.Flatten()] if axes == [2,3] else [Lambda(partial(torch.mean, dim=axes))]))
 
@@ -108,6 +111,12 @@ class BodyDistillation(KnowledgeDistillationCallback):
         super().after_pred()
         if self.session is not None: self.learn.yb = ()
 
+class StandInLabels(Callback):
+    "Gives batches without labels some, because MixUp asks for their number; `BodyDistillation` drops them."
+    order,run_valid = -1,False
+    def before_batch(self):
+        if not len(self.yb): self.learn.yb = (self.xb[0].new_zeros(len(self.xb[0])),)
+
 class ValidationLoss(Callback):
     "Makes `valid_loss` the distillation loss on the validation set of a fit; NaN outside of one."
     order,run_train = 1000,False
@@ -136,10 +145,10 @@ class ValidationLoss(Callback):
         if not session: learn.loss = torch.full((n,), torch.nan)
         else:
             with resting([m for t in session.weights.terms for m in t.loss.modules()]): values = session.term_values()
-            learn.loss = session.objective.total(None, values, session.weights)
+            learn.loss = session.objective.total(None, values, BatchWeights(0, {t: t.weight for t in values}))  # a schedule would hide what is learned
             if not len(learn.yb): learn.yb = (learn.loss.new_zeros(n),)  # else the recorder skips the batch
 
-not_exported.append(ValidationLoss)
+not_exported.extend([StandInLabels,ValidationLoss])
 
 # %% ../nbs/09_bodies.ipynb #bod00017
 def body_losses(loss):
@@ -194,13 +203,13 @@ def distill_learner(
     teacher = backbone_teacher(teacher, xb, pool=layers is None)
     if {id(p) for p in body.parameters()} & {id(p) for p in teacher.models[0].parameters()}:
         raise ValueError("The teacher is the body itself, or shares weights with it; give another model, or a copy of it (`copy.deepcopy`).")
-    model = pooled(body, root_of(body, xb, 'body'))
+    model = pooled(body, root_of(body, xb, 'body'), xb)
     losses = [with_own_layers(l, body, model, teacher.models[0]) for l in losses]
     kd = BodyDistillation(teacher, losses, *body_layers(layers, body, teacher.models[0]), weight=weight, label_weight=0, schedule=schedule)
     if not kd.objective.weight: raise ValueError("The weight of every loss is 0, so nothing is learned: a body has no other loss.")
     loss_func = partial(noop)  # is never asked; fastai's, so that an export loads without fastkd
     loss_func.y_int = True  # MixUp need not mix the labels
-    return Learner(dls, model, loss_func=loss_func, cbs=L(cbs) + [kd, ValidationLoss(kd)], **kwargs)
+    return Learner(dls, model, loss_func=loss_func, cbs=L(cbs) + [kd, StandInLabels(), ValidationLoss(kd)], **kwargs)
 
 # %% ../nbs/09_bodies.ipynb #bod00020
 def body_learner(
@@ -211,12 +220,14 @@ def body_learner(
 ) -> Learner:
     """A `Learner` for `body` with a linear head, in two groups of parameters, so that `fine_tune` and `freeze` work.
 
-    Raises `ValueError` if the number of outputs is not known."""
+    Raises `ValueError` if the number of outputs is not known, and for bodies of several inputs."""
     from fastai.vision.learner import default_split
     n_out,body = n_out or get_c(dls),unwrap(body)
     if not n_out: raise ValueError("The data do not tell how many classes there are: give `n_out`.")
-    root = root_of(body, first_batch(dls.train, getattr(dls.train, 'n_inp', None))[0], 'body')
-    model = nn.Sequential(pooled(body, root), nn.Linear(root.layout.sizes(root.shape)[0], n_out))
+    xb = first_batch(dls.train, getattr(dls.train, 'n_inp', None))[0]
+    if len(xb) > 1: raise ValueError(f"A head is put behind a body of one input, and the data have {len(xb)}: make a model of the body and its head, and a `Learner` of it.")
+    root = root_of(body, xb, 'body')
+    model = nn.Sequential(pooled(body, root, xb), nn.Linear(root.layout.sizes(root.shape)[0], n_out))
     return Learner(dls, model, **{'splitter': default_split, **kwargs})
 
 # %% ../nbs/09_bodies.ipynb #bod00022
@@ -229,11 +240,11 @@ def features_of(model, dl):
         if hasattr(getattr(dl, 'dataset', None), 'set_split_idx'): stack.enter_context(dl.dataset.set_split_idx(1))
         for batch in dl:
             xb,yb = first_batch(batch, getattr(dl, 'n_inp', None))
-            if len(yb) != 1 or not isinstance(yb[0], Tensor) or yb[0].ndim != 1 or yb[0].is_floating_point():
+            if len(yb) != 1 or not isinstance(yb[0], Tensor) or yb[0].numel() != len(yb[0]) or yb[0].is_floating_point():
                 raise ValueError("A probe needs data with one class label for each item.")
-            if not xs: model = pooled(model, root_of(model, xb, 'model'))
+            if not xs: model = pooled(model, root_of(model, xb, 'model'), xb)
             with undisturbed(model): xs.append(plain(model(*on_device(model, xb))).float().cpu())
-            ys.append(plain(yb[0]).cpu())
+            ys.append(plain(yb[0]).flatten().cpu())  # fastai's tables have labels `(N, 1)`
     if not xs: raise ValueError("A probe needs items to train on and others to validate on, but there are none.")
     return torch.cat(xs).numpy(),torch.cat(ys).numpy()
 

@@ -115,7 +115,8 @@ class TeacherAgreement(TeacherMetric):
 class TeacherKL(TeacherMetric):
     """The mean `KL(teacher ‖ learner)` of their probabilities at temperature 1, in nats; of yes/no labels the mean over all labels.
 
-    0 for equal probabilities; otherwise as `TeacherAgreement`."""
+    0 for equal probabilities; otherwise as `TeacherAgreement`. Its name, `teacher_kl_loss`, tells fastai's trackers that less is better."""
+    name = 'teacher_kl_loss'
     def compare(self, s, t): return softmax_kl(s, t)
 
 # %% ../nbs/04b_metrics.ipynb #agr00021
@@ -125,10 +126,14 @@ def CalibrationError(
 ) -> Metric:
     """The expected calibration error, a metric for any learner with classes on axis 1: how far the probability of the likeliest class is from being right.
 
-    Between 0 and 1, from torchmetrics. Raises `ImportError` if it is not installed. Guo et al., ICML 2017, "On calibration of modern neural networks"."""
+    Between 0 and 1, from torchmetrics. Raises `ImportError` if it is not installed, `ValueError` for labels that are no class numbers. Guo et al., ICML 2017, "On calibration of modern neural networks"."""
     try: from torchmetrics.functional.classification import multiclass_calibration_error
     except ModuleNotFoundError: raise ImportError("`CalibrationError` is torchmetrics': `pip install torchmetrics`.") from None
     def calibration_error(probs, targs):
+        shape = probs.shape[:1] + probs.shape[2:]
+        if targs.is_floating_point() or targs.numel() != shape.numel():
+            raise ValueError(f"`CalibrationError` needs a class number for each decision, got outputs of shape {tuple(probs.shape)} and labels of shape {tuple(targs.shape)}.")
+        targs = targs.reshape(shape)  # fastai's tables have labels `(N, 1)`
         return multiclass_calibration_error(probs, targs, num_classes=probs.shape[1], n_bins=n_bins, ignore_index=ignore_index).item()
     return AccumMetric(calibration_error, dim_argmax=1, activation=ActivationType.Softmax, flatten=False)
 

@@ -11,9 +11,10 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
-from fastai.basics import Adam, DataLoaders, Datasets, Learner, Normalize, SGD
+from fastai.basics import Adam, DataLoader, DataLoaders, Datasets, Learner, Normalize, SGD
 from fastai.callback.core import Callback
-from fastai.callback.mixup import MixUp
+from fastai.callback.mixup import CutMix, MixUp
+from fastai.callback.schedule import SchedCos, SchedLin
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.metrics import accuracy
@@ -202,6 +203,45 @@ def test_callbacks(cb):
     learn = distilled(cbs=cb())
     learn.fit(1)
     assert column(learn, 'valid_loss')[0] > 0
+
+def without_labels(n=16):
+    items = [(o[0],) for o in batches(n=n).train.dataset]
+    return DataLoaders.from_dsets(items, items, bs=8, num_workers=0, device='cpu')
+
+@pytest.mark.parametrize('mixing', [MixUp, CutMix])
+def test_images_without_labels_are_mixed(mixing):
+    "as those with labels are"
+    plain,mixed = distilled(without_labels()),distilled(without_labels(), cbs=mixing(.4))
+    for learn in (plain,mixed): learn.fit(1)
+    assert column(mixed, 'valid_loss')[0] > 0 and not same(weights(mixed.model), weights(plain.model))
+
+def test_valid_loss_does_not_follow_the_schedule():
+    "A student that does not move has one validation loss"
+    body = nn.Sequential(nn.Conv2d(1,4,3), nn.ReLU())
+    losses = []
+    for schedule in (None, SchedLin(1,0), SchedCos(0,1)):
+        learn = distilled(body=copy.deepcopy(body), schedule=schedule, lr=0.)
+        learn.fit(3)
+        losses += column(learn, 'valid_loss')
+    assert losses == pytest.approx([losses[0]]*9, rel=1e-6) and losses[0] > 0
+
+class TwoInputs(nn.Module):
+    def __init__(self): super().__init__(); self.a,self.b = nn.Conv2d(1,4,3),nn.Conv2d(4,4,3)
+    def forward(self, x, y): return self.b(self.a(x) + self.a(y))
+
+def test_maps_of_bodies_with_several_inputs_are_refused():
+    items = [(torch.randn(1,8,8), torch.randn(1,8,8), i % 2) for i in range(16)]
+    dls = DataLoaders(*[DataLoader(items, bs=8, num_workers=0, n_inp=2) for _ in range(2)])
+    dls.n_inp = 2
+    for f in (lambda: distill_learner(dls, TwoInputs(), TwoInputs()), lambda: linear_probe(TwoInputs(), dls)):
+        with pytest.raises(ValueError, match='A body of 2 inputs must return pooled features'): f()
+    with pytest.raises(ValueError, match='a body of one input, and the data have 2'): body_learner(dls, TwoInputs(), 2)
+
+def test_a_probe_takes_the_labels_of_tables():
+    "of shape `(N, 1)`"
+    x,y = torch.randn(40,4),torch.arange(40) % 2
+    flat,column_ = [DataLoaders.from_dsets(items := list(zip(x, o)), items, bs=8, num_workers=0, device='cpu') for o in (y,y[:,None])]
+    assert linear_probe(nn.Identity(), flat) == linear_probe(nn.Identity(), column_)
 
 # --- nothing is left -----------------------------------------------------------------------------------------------
 

@@ -366,6 +366,11 @@ def test_a_student_that_starts_from_its_teacher(tmp_path):
     assert runs.table().accuracy[['init','init+soft']].tolist() == pytest.approx([teacher]*2) and runs.table().accuracy['student alone'] < teacher - 10
     assert runs.runs[1].settings['method']['init'] is True and 'init' not in runs.runs[0].settings['method']
 
+def test_what_cannot_be_mixed_says_why(teacher, tmp_path):
+    "A loss function of PyTorch gets labels of two images at once"
+    def make(): return Learner(dls, net(), nn.CrossEntropyLoss(), metrics=accuracy)
+    with pytest.raises(ValueError, match='class labels need a loss function of fastai'): compare(make, teacher, ['none','funmatch'], 1, 1, out=tmp_path, show=False)
+
 def test_mixed_inputs_are_part_of_a_method(teacher, tmp_path):
     "`funmatch` is KL at T=1 on mixed inputs, without labels"
     runs = run(teacher, methods=['none','none(mixup=0.4)','funmatch','soft(T=1,weight=1,label_weight=0,mixup=1)'], seeds=1, out=tmp_path)

@@ -1,5 +1,6 @@
 "`TeacherAgreement` and `TeacherKL`: their values by hand, and that teacher and exports stay as they were"
 import copy, math, pickle, subprocess, sys
+import numpy as np
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
@@ -37,7 +38,7 @@ def test_classes_by_hand():
     _,agreement,divergence = learn.validate()
     assert agreement == pytest.approx(sum(int(a.argmax()) == int(b.argmax()) for a,b in zip(s, t))/19)
     assert divergence == pytest.approx(kl(t, s).mean().item(), rel=1e-5)
-    assert list(learn.metrics.attrgot('name')) == ['teacher_agreement','teacher_kl']
+    assert list(learn.metrics.attrgot('name')) == ['teacher_agreement','teacher_kl_loss']
 
 def test_a_learner_is_its_own_double():
     learn = learner()
@@ -50,7 +51,7 @@ def test_it_changes_no_training_and_stands_in_the_table():
     plain,learn = [learner(batches(shuffle=False), metrics=[accuracy, *more]) for more in ([], both(net(width=6, seed=7)))]
     plain.fit(2); learn.fit(2)
     assert same(weights(plain.model), weights(learn.model))
-    assert list(learn.recorder.metric_names)[1:] == ['train_loss','valid_loss','accuracy','teacher_agreement','teacher_kl','time']
+    assert list(learn.recorder.metric_names)[1:] == ['train_loss','valid_loss','accuracy','teacher_agreement','teacher_kl_loss','time']
     assert [len(v) for v in learn.recorder.values] == [5,5] and list(learn.recorder.values[-1])[3:] == learn.validate()[2:]
 
 def test_yes_no_labels():
@@ -192,7 +193,7 @@ def test_beside_the_callback(shared):
     plain,learn = [learner(batches(shuffle=False), metrics=m) for m in (None, both(teacher if shared else model))]
     for l in (plain, learn): l.fit(2, cbs=KnowledgeDistillationCallback(teacher, SoftTarget))
     assert same(weights(plain.model), weights(learn.model)) and teacher.running is None
-    assert list(learn.recorder.metric_names)[-4:-1] == ['teacher_agreement','teacher_kl','kd_loss']
+    assert list(learn.recorder.metric_names)[-4:-1] == ['teacher_agreement','teacher_kl_loss','kd_loss']
     assert list(learn.recorder.values[-1])[2:4] == learn.validate()[1:]
     assert list(KnowledgeDistillationCallback(teacher).teacher_metrics(learn)) == ['loss']
 
@@ -256,6 +257,25 @@ def test_the_calibration_error_by_hand():
     sure,right = z.softmax(1).max(1).values,(z.argmax(1) == y).float()
     truth = sum(m.sum()/90*(right[m].mean() - sure[m].mean()).abs() for i in range(5) if (m := (sure > i/5) & (sure <= (i+1)/5)).any())
     assert value == pytest.approx(truth.item(), abs=1e-6) and learn.metrics[0].name == 'calibration_error'
+
+def test_the_calibration_error_of_tables_and_of_what_has_no_classes():
+    pytest.importorskip('torchmetrics')
+    from fastkd.metrics import CalibrationError
+    z,y,model = torch.randn(24, 3),torch.arange(24) % 3,nn.Linear(3, 3)
+    def value(targets):
+        dls = DataLoaders(*[DataLoader(list(zip(z, targets)), bs=8, num_workers=0)]*2, device=torch.device('cpu'))
+        learn = Learner(dls, model, lambda *_: torch.tensor(0.), metrics=CalibrationError())
+        with learn.no_bar(), learn.no_logging(): return learn.validate()[1]
+    assert value(y[:,None]) == value(y)  # fastai's tables
+    for targets in (torch.eye(3)[y], torch.eye(3)[y].long()):
+        with pytest.raises(ValueError, match='needs a class number for each decision'): value(targets)
+
+def test_trackers_know_that_less_is_better():
+    from fastai.callback.tracker import SaveModelCallback
+    learn = learner(metrics=TeacherKL(net(seed=1)))
+    cb = SaveModelCallback(monitor='teacher_kl_loss')
+    learn.fit(1, cbs=cb)
+    assert cb.comp == np.less
 
 def test_without_torchmetrics_it_says_what_to_install(monkeypatch):
     import sys

@@ -463,7 +463,8 @@ def _sentence(e, method):
     "What an error of a first batch says"
     # over an error without a message fastai raises an `IndexError`
     e = e.__context__ if isinstance(e, IndexError) and e.__context__ is not None and not e.__context__.args else e
-    if not isinstance(e, NotImplementedError) or 'forward' not in f'{e}' and e.args: return one_line(e)
+    hint = " (`mixup` mixes images and numbers; class labels need a loss function of fastai's, such as `CrossEntropyLossFlat()`)" if method.mixup else ''
+    if not isinstance(e, NotImplementedError) or 'forward' not in f'{e}' and e.args: return one_line(e) + hint
     return f"{' or '.join(t.loss.name for t in method.terms)} is a base class; give a loss that is derived from it."
 
 @patch

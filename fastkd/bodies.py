@@ -115,7 +115,7 @@ class StandInLabels(Callback):
     "Gives batches without labels some, because MixUp asks for their number; `BodyDistillation` drops them."
     order,run_valid = -1,False
     def before_batch(self):
-        if not len(self.yb): self.learn.yb = (self.xb[0].new_zeros(len(self.xb[0])),)
+        if not len(self.yb): self.learn.yb = (first_tensor(self.xb).new_zeros(find_bs(self.xb)),)
 
 class ValidationLoss(Callback):
     "Makes `valid_loss` the distillation loss on the validation set of a fit; NaN outside of one."

@@ -197,7 +197,7 @@ def settings(self:Method) -> dict:
 # %% ../nbs/05_methods.ipynb #mth00022
 @patch
 def __add__(self:Method, o):
-    if o.init and not o.loss and not self.init: return replace(o+self, name=f'{self.name}+{o.name}')
+    if o.init and not o.loss and self.loss: return replace(o+self, name=f'{self.name}+{o.name}')
     if self.init and not self.loss:
         settings = {k: (getattr(self, k), getattr(o, k)) for k in ('epochs','lr','mixup')}
         twice = next((k for k,(a,b) in settings.items() if None not in (a,b) and a != b), None)

@@ -6,20 +6,23 @@
 from __future__ import annotations
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import takewhile
 import pandas as pd
 import torch
 from torch import nn, Tensor
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.overrides import TorchFunctionMode
 from fastai.basics import Learner
-from .layers import find_layer, named_layers, unwrap
-from .matching import match_layers, weighted_layers
+from .layers import find_layer, named_layers, on_device, undisturbed, unwrap
+from .matching import match_layers, model_inputs, weighted_layers
 from .session import as_pairs, pairs_of
 from .teacher import Teacher, class_positions, knowledge_of, normalization_between
 
 # %% auto #0
-__all__ = ['spread', 'taken', 'selected', 'bodies', 'owners', 'by_name', 'positions', 'transforms', 'writes', 'reads',
-           'last_layer', 'heads_of', 'Meanings', 'copy_layer', 'init_from_teacher']
+__all__ = ['other_place', 'spread', 'taken', 'selected', 'joined', 'shifts', 'walk', 'bodies', 'owners', 'by_name', 'positions',
+           'transforms', 'writes', 'reads', 'last_layer', 'heads_of', 'WatchFlattened', 'read_from_maps', 'Meanings',
+           'copy_layer', 'init_from_teacher']
 
 # %% ../nbs/01d_start.ipynb #ini00011
 def spread(
@@ -89,6 +92,10 @@ def joined(*names): return '.'.join(filter(None, names))
 
 other_place = "other layers before it in the teacher"
 
+def shifts(child, found):
+    "Does only one of two layers have weights? Where names are numbers, those that follow then mean other layers"
+    return not isinstance(child, nn.Identity) and not isinstance(found, nn.Identity) and bool(owners(child)) != bool(owners(found))
+
 def walk(
     layer, # A layer of the student
     other, # Its counterpart; `None` if there is none
@@ -101,10 +108,10 @@ def walk(
     shifted = False
     for n,child in layer.named_children():
         found,why = other._modules.get(n) if other is not None else None,note
-        # names are numbers: with a pooling in the place of a convolution, they are those of other layers from here on
-        shifted |= n.isdigit() and found is not None and not isinstance(child, nn.Identity) and not isinstance(found, nn.Identity) and bool(owners(child)) != bool(owners(found))
-        if other is not None and (found is None or shifted): found,why = None,other_place if shifted else "no such layer in the teacher"
+        if other is not None and found is None: why = "no such layer in the teacher"
+        elif found is not None and shifted: found,why = None,other_place
         elif found is not None and not same_kind(child, found):
+            shifted = n.isdigit() and shifts(child, found)
             found,why = None,f"a {type(found).__name__} in the teacher, a {type(child).__name__} here"
         yield from walk(child, found, joined(name, n), joined(source, n), why)
 
@@ -187,37 +194,76 @@ def last_layer(model):
     return last if isinstance(last, (nn.Linear,_ConvNd)) else None
 
 def heads_of(model, classes):
-    "The layers with a row for each class: the last one, and others with as many rows. What a later layer reads is no class, unless the last layer has so many `classes`"
+    "The layers with a row for each class: the last, and others with as many rows and a bias, whose rows no later layer reads; the last in any case if it has as many rows as there are `classes`"
     last,first = last_layer(model),next(iter(transforms(model)), None)
     numbers = {len(classes or ()), 0 if last is None else writes(last)}
     def is_read(layer): return any(writes(layer) in reads(o) for o in owners(model).values() if o is not layer and o is not first)
-    return [l for l in transforms(model) if writes(l) in numbers and (l is last and writes(l) == len(classes or ()) or not is_read(l))]
+    return [l for l in transforms(model) if writes(l) in numbers and (l is last and writes(l) == len(classes or ()) or (l is last or l.bias is not None) and not is_read(l))]
 
+# %% ../nbs/01d_start.ipynb #ini00034
+class WatchFlattened(TorchFunctionMode):
+    "While a model runs, notes how many channels the flattened map has that a weight reads: `channels` by the weight's id"
+    def __init__(self):
+        super().__init__()
+        self.map,self.channels = None,{}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        x = args[0] if args and isinstance(args[0], Tensor) else None
+        if x is None or not isinstance(out, Tensor): return out
+        if x.ndim > 2 and out.ndim == 2 and len(x) == len(out) and x.numel() == out.numel(): self.map = out.shape[1],x.shape[1]
+        elif self.map and x.ndim == 2 and x.shape[1] == self.map[0] and getattr(func, '__name__', '') in ('linear','batch_norm'):
+            readers = args[1:2] if func.__name__ == 'linear' else [*args[1:], *(kwargs or {}).values()]
+            self.channels.update({id(t): self.map[1] for t in readers if isinstance(t, Tensor)})
+        return out
+
+def read_from_maps(model, xb):
+    "For each weight that reads a flattened map, by its id, how many channels the map has"
+    if xb is not None:
+        try:
+            with undisturbed(model), WatchFlattened() as watch: model(*on_device(model, xb))
+            return watch.channels
+        except Exception: pass  # the data may be other data than the model's
+    channels,conv,flat = {},None,False
+    for l in model.modules():
+        if isinstance(l, _ConvNd): conv,flat = l,False
+        elif 'ConcatPool' in type(l).__name__: conv = None  # fastai's: all maxima, then all means
+        elif type(l).__name__ == 'Flatten': flat = True
+        elif isinstance(l, nn.Linear):
+            if conv is not None and flat: channels[id(l.weight)] = conv.out_channels
+            conv = None
+        elif isinstance(l, nn.BatchNorm1d) and conv is not None and flat: channels |= {id(t): conv.out_channels for t in tensors_of(l).values()}
+    return channels
+
+# %% ../nbs/01d_start.ipynb #ini00035
 class Meanings:
     "What the axes of tensors stand for, where their sizes do not decide."
-    def __init__(self, models, known):
-        self.known,self.before = known,None
+    def __init__(self,
+        models, # Student and teacher
+        known, # What their data know, see `Knowledge`
+        inputs # A batch for each; `None` where there is none
+    ):
+        self.models,self.known,self.inputs = models,known,inputs
         self.heads,self.last = [heads_of(m, k.classes) for m,k in zip(models, known)],[last_layer(m) for m in models]
         self.embeddings = [[l for l in m.modules() if isinstance(l, nn.Embedding)] for m in models]
-        self.first = [next(iter(transforms(m)), None) for m in models]
-        self.inputs = [*takewhile(lambda l: l is not self.first[0], owners(models[0]).values()), self.first[0]]
+        self.convs = [next((l for l in transforms(m) if isinstance(l, _ConvNd) and not isinstance(l, _ConvTransposeNd) and l not in heads), None) for m,heads in zip(models, self.heads)]
+        self.first = next(iter(transforms(models[0])), None)
+        self.of_columns = [*takewhile(lambda l: l is not self.first, owners(models[0]).values()), self.first]
 
-    def passed(self, c):
-        "After a convolution a layer may read a flattened map"
-        if isinstance(c.layer, nn.Embedding) or not any(t.ndim > 1 for t in tensors_of(c.layer).values()): return
-        self.before = [writes(l) for l in (c.layer,c.other)] if isinstance(c.layer, _ConvNd) and isinstance(c.other, _ConvNd) else None
+    @cached_property
+    def maps(self): return [read_from_maps(m, xb) for m,xb in zip(self.models, self.inputs)]
 
     def part(self, c:Counterpart, a, b):
-        "`(t, note)`: of `b`, the counterpart of the tensor `a`, what stands for the rows and columns of `a`, or why nothing does"
-        heads = [l in heads for l,heads in zip((c.layer,c.other), self.heads)]
-        axis = int(isinstance(c.layer, _ConvTransposeNd) and a.ndim > 1)
-        if all(heads) or any(heads) and [c.layer,c.other] == self.last: return self.rows('classes', *[k.classes for k in self.known], a, b, axis)
-        if any(heads): return b,"a head in one model, and not in the other"
-        if c.layer in self.inputs and all(k.columns for k in self.known) and (note := self.other_columns(c, a, b)): return b,note
-        if isinstance(c.layer, nn.Embedding): return self.rows('words or categories', *[self.names(i, l, len(t)) for i,(l,t) in enumerate(((c.layer,a),(c.other,b)))], a, b)
-        if a.ndim > 1 and [c.layer,c.other] == self.first: return self.of_images(c, b)
-        if self.before and (isinstance(c.layer, nn.Linear) and a.ndim == 2 or isinstance(c.layer, nn.BatchNorm1d) and a.ndim == 1): return self.of_maps(a, b, a.ndim-1)
-        return b,''
+        "Of the teacher's tensor `b` what has the meaning of the rows and columns of the student's `a`, and a note why nothing has"
+        heads,theirs = [l in heads for l,heads in zip((c.layer,c.other), self.heads)],b
+        if all(heads) or any(heads) and [c.layer,c.other] == self.last:
+            b,note = self.rows('classes', *[k.classes for k in self.known], a, b, int(isinstance(c.layer, _ConvTransposeNd) and a.ndim > 1))
+        elif any(heads): return b,"a head in one model, and not in the other"
+        elif c.layer in self.of_columns and all(k.columns for k in self.known) and (note := self.other_columns(c, a, b)): return b,note
+        elif isinstance(c.layer, nn.Embedding): b,note = self.rows('words or categories', *[self.names(i, l, len(t)) for i,(l,t) in enumerate(((c.layer,a),(c.other,b)))], a, b)
+        else: note = ''
+        if not note and a.ndim > 1 and [c.layer,c.other] == self.convs: return self.image_channels(c, b)
+        return (b, note) if note or not isinstance(c.layer, (nn.Linear,nn.BatchNorm1d)) else self.map_channels(a, theirs, b)
 
     def rows(self, what, ours, theirs, a, b, axis=0):
         index = positions(ours, theirs, a.shape[axis], b.shape[axis])
@@ -227,28 +273,29 @@ class Meanings:
         "The `n` words or categories of an embedding, if they are known; a language model's words are its classes"
         columns = [v for v in (self.known[i].columns or {}).values() if v is not None]
         if len(columns) == len(self.embeddings[i]): return columns[[l is layer for l in self.embeddings[i]].index(True)]
+        if layer is not max(self.embeddings[i], key=lambda l: l.num_embeddings): return None
         return next((o for o in (self.known[i].words,self.known[i].classes) if o is not None and len(o) == n), None)
 
     def other_columns(self, c, a, b):
         "Why a layer that reads the columns of a table is not taken"
         ours,theirs = [list(k.columns) for k in self.known]
         if ours != theirs: return "other columns in the teacher"
-        return "embeddings of other sizes in the teacher" if c.layer is self.first[0] and a.ndim > 1 and a.shape[1] != b.shape[1] else ''
+        return "embeddings of other sizes in the teacher" if c.layer is self.first and a.ndim > 1 and a.shape[1] != b.shape[1] else ''
 
-    def of_images(self, c, b):
+    def image_channels(self, c, b):
         "What the first convolution reads"
-        if not isinstance(c.layer, _ConvNd) or any(self.embeddings): return b,''
         ours,theirs = c.layer.in_channels,c.other.in_channels
-        if ours == theirs or min(ours, theirs) > 4: return b,''
+        if ours == theirs or min(ours, theirs) > 4 or any(self.embeddings): return b,''
         return (b.sum(1, keepdim=True), '') if ours == 1 else (b, f"{theirs} channels of images in the teacher, {ours} here")
 
-    def of_maps(self, a, b, axis):
-        "What a layer reads after a convolution: channels, or the places of each channel"
-        (k,n),(K,N) = zip(self.before, (a.shape[axis],b.shape[axis]))
-        if n % k or N % K: return b,''
-        if n//k != N//K and max(n//k, N//K) > 2: return b,f"{N//K} places of each channel in the teacher, {n//k} here"
-        if n//k > 2: b = taken(b, axis, spread(n, N, n//k))  # two may be `AdaptiveConcatPool2d`'s, all maxima before all means
-        return b,''
+    def map_channels(self, a, theirs, b):
+        "Of `b`, rows of the tensor `theirs`, what may be read of a flattened map: whole channels, if both maps have as many places"
+        if a.shape == b.shape or a.ndim != b.ndim: return b,''
+        n,N = a.shape[-1],b.shape[-1]
+        k,K = [maps.get(id(t)) for maps,t in zip(self.maps, (a,theirs))]
+        if not k or not K or k == K or n % k or N % K: return b,''
+        if n//k != N//K: return b,f"{N//K} places of each channel in the teacher, {n//k} here"
+        return taken(b, b.ndim-1, spread(n, N, n//k)),''
 
 # %% ../nbs/01d_start.ipynb #ini00025
 @torch.no_grad()
@@ -280,12 +327,19 @@ class InitTable(pd.DataFrame):
     def _repr_html_(self): return self._shown(self.to_html)
 
 # %% ../nbs/01d_start.ipynb #ini00027
+def inputs_for(model, xb):
+    "A batch of inputs for `model`, `None` if there is none"
+    return model_inputs(model, xb) if xb is not None or isinstance(model, Learner) else None
+
 def counterparts(student, teacher, layers, xb) -> list:
     "The counterparts of two models or Learners. Raises `ValueError` if it is not known which layers belong together"
     models = unwrap(student),unwrap(teacher)
-    if layers is not None: return by_stage(*models, as_pairs(*layers) if isinstance(layers, tuple) else pairs_of(layers), between=False)
+    if layers is not None: return by_stage(*models, as_pairs(*layers) if isinstance(layers, tuple) and len(layers) == 2 else pairs_of(layers), between=False)
     found,inputs = by_name(*models),xb is not None or any(isinstance(m, Learner) for m in (student,teacher))
-    if any(c.other is not None for c in found) and not (inputs and any(c.note == other_place for c in found)): return found
+    if any(c.other is not None for c in found):
+        if not (inputs and any(c.note == other_place for c in found)): return found
+        staged = {c.layer: c for c in by_stage(*models, list(zip(*match_layers(student, teacher, xb)))) if c.other is not None}
+        return [staged.get(c.layer, c) if c.note == other_place else c for c in found]
     if not inputs:
         raise ValueError("The layers of student and teacher have other names. Give `xb`, a batch of inputs, so that `match_layers` can pair them, or "
                          "pairs yourself: `layers={'layer1': '0.4', ...}`.")
@@ -296,7 +350,7 @@ def init_from_teacher(
     student, # A model or a `Learner`, which is changed in place
     teacher, # A trained model, a `Learner`, or a `Teacher` of one model
     layers=None, # Pairs of layers within which to copy, `{student's: teacher's}`, a list of pairs, or `(student's names, teacher's names)`; left out, all that fit
-    xb=None # A batch of inputs, to match the layers of two bare models whose names differ; a `Learner` has its own
+    xb=None # A batch of inputs, to match the layers of two bare models whose names differ, and to see what reads flattened maps; a `Learner` has its own
 ) -> InitTable:
     """Start the student from its teacher: copy to each parameter and buffer a selection of its counterpart's.
 
@@ -316,13 +370,14 @@ def init_from_teacher(
     found = {}
     for c in counterparts(student, source, layers, xb): found.setdefault(c.layer, c)  # a shared layer by its first name
     known = knowledge_of(student.dls if isinstance(student, Learner) else None),teacher.knowledge(0)
-    if normalization_between(*[k.normalize for k in known]):
-        warnings.warn("The teacher's images were normalized in another way than the student's, so the same weights see other numbers: give the student's data the teacher's `Normalize`.")
-    meanings,without = Meanings([unwrap(student), unwrap(source)], known),"not in `layers`" if layers else "no counterpart in the teacher"
+    mean_std = [k.normalize for k in known]
+    channels = {len(o[0]) for o in mean_std if o}
+    if len(channels - {1}) < 2 and normalization_between(*mean_std):
+        warnings.warn("The teacher's images were normalized in another way than the student's, so the same weights see other numbers: normalize the student's as the teacher's were.")
+    meanings,without = Meanings([unwrap(student), unwrap(source)], known, [inputs_for(m, xb) for m in (student,source)]),"not in `layers`" if layers else "no counterpart in the teacher"
     rows = [found.get(l) or Counterpart(n, l, note=without) for n,l in owners(unwrap(student)).items()]
     for c in rows:
         if c.other is not None: copy_layer(c, meanings)
-        meanings.passed(c)
     if not any(c.share for c in rows):
         why = next((f": {c.name!r}, {c.note}" for c in rows if c.note and c.note != without), '')
         raise ValueError(f"Nothing of the teacher ({type(unwrap(source)).__name__}) fits the student ({type(unwrap(student)).__name__}){why}.")

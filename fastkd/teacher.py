@@ -80,7 +80,7 @@ def makes_models(
 
 # %% ../nbs/02_teacher.ipynb #737bb627
 #: What a teacher's `Learner` knows: `classes` and `words` (lists), `normalize` (mean and std of each channel; `()` for none), `columns` of a table
-#: (`{name: categories}`, for numbers `{name: None}`); `None` for what is not known
+#: (`{name: categories}`, for numbers `{name: None}`, for categories that are not known `{name: []}`); `None` for what is not known
 Knowledge = namedtuple('Knowledge', 'classes words normalize columns', defaults=(None,)*4)
 
 def knowledge_of(
@@ -94,7 +94,8 @@ def knowledge_of(
     norm = next((f for f in getattr(getattr(dls, 'after_batch', None), 'fs', []) if isinstance(f, Normalize)), None)
     mean_std = () if norm is None or norm.mean is None else tuple(torch.as_tensor(o).flatten().tolist() for o in (norm.mean,norm.std))
     table = getattr(dls, 'cat_names', None) is not None and getattr(dls, 'cont_names', None) is not None
-    columns = {**{n: list(dls.classes[n]) for n in dls.cat_names}, **dict.fromkeys(dls.cont_names)} if table else None
+    categories = getattr(dls, 'classes', {})
+    columns = {**{n: list(categories.get(n, [])) for n in dls.cat_names}, **dict.fromkeys(dls.cont_names)} if table else None
     return Knowledge(classes, words, mean_std if dls is not None else None, columns)
 
 # %% ../nbs/02_teacher.ipynb #f595d254

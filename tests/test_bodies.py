@@ -225,6 +225,17 @@ def test_valid_loss_does_not_follow_the_schedule():
         losses += column(learn, 'valid_loss')
     assert losses == pytest.approx([losses[0]]*9, rel=1e-6) and losses[0] > 0
 
+class FromDictionary(nn.Module):
+    def __init__(self): super().__init__(); self.body = backbone()
+    def forward(self, o): return self.body(o['x'])
+
+def test_inputs_in_a_dictionary_without_labels():
+    items = [(dict(x=o[0]),) for o in batches(n=16).train.dataset]
+    dls = DataLoaders(*[DataLoader(items, bs=8, num_workers=0, n_inp=1) for _ in range(2)])
+    learn = distilled(dls, FromDictionary(), FromDictionary())
+    learn.fit(1)
+    assert column(learn, 'kd_loss')[0] >= 0
+
 class TwoInputs(nn.Module):
     def __init__(self): super().__init__(); self.a,self.b = nn.Conv2d(1,4,3),nn.Conv2d(4,4,3)
     def forward(self, x, y): return self.b(self.a(x) + self.a(y))

@@ -102,7 +102,7 @@ def test_joining():
     assert method('soft+fitnet').weights() == (0.5,[0.5,100.]) and method('dkd+review').weights() == (1.,[1.,1.])
     assert (method('soft')+method('soft(T=2,weight=0.3)')).weights() == (0.5,[0.5,0.3])
     assert Method('mine', [SoftTarget, Logits], 0.6).weights() == (0.4,[0.3,0.3])  # one number is shared
-    assert method('soft+init').init and method('soft+init').settings() == method('init+soft').settings() and method('soft+init').name == 'soft+init'
+    assert method('soft+init').init and method('soft+init').settings() == method('init+soft').settings() and method('soft+init').name == 'soft+init' and method('soft+init+init').init and method('init+init').init
     with pytest.raises(ValueError, match='20 epochs'): method('DecoupledKD(weight=paper)') + method('nkd')
     for text,words in ('soft+dkd','schedules, epochs, learning rates or mixing'),('soft+none','none'),('soft+fitnet(epochs=3)','schedules, epochs, learning rates or'):
         with pytest.raises(ValueError, match=words): method(text)

@@ -490,3 +490,80 @@ def test_pairs_as_a_list():
     assert list(lists['from']) == list(init_from_teacher(tv.resnet18(), tv.resnet34(), layers={'layer1': 'layer1', 'layer2': 'layer2'})['from']) and lists.share['layer2.0.conv1'] == 1
     for bad in ([], {}, 'layer1', ['layer1']):
         with pytest.raises(ValueError, match='Pairs of layers'): init_from_teacher(tv.resnet18(), tv.resnet34(), layers=bad)
+
+class Functional(nn.Module):
+    "Flattens without a layer for it, after pooling"
+    def __init__(self, width, classes=3):
+        super().__init__()
+        self.conv,self.norm,self.fc = nn.Conv2d(1, width, 3, padding=1),nn.BatchNorm1d(4*width),nn.Linear(4*width, classes)
+    def forward(self, x): return self.fc(self.norm(nn.functional.max_pool2d(self.conv(x).relu(), 4).flatten(1)))
+
+def test_a_run_shows_what_reads_a_flattened_map():
+    "the head too"
+    teacher,xb = moved(Functional(6)),torch.randn(2,1,8,8)
+    by_channel = lambda t: t.unflatten(-1, (6,4))[...,::2,:].flatten(-2)
+    for student in (Functional(3), learner(model=Functional(3))):
+        init_from_teacher(student, teacher if isinstance(student, nn.Module) else learner(model=teacher), xb=xb if isinstance(student, nn.Module) else None)
+        model = getattr(student, 'model', student)
+        assert torch.equal(model.fc.weight, by_channel(teacher.fc.weight)) and torch.equal(model.norm.running_mean, by_channel(teacher.norm.running_mean))
+    head = lambda w: nn.Sequential(nn.Conv2d(1, w, 3), nn.Flatten(), nn.Linear(36*w, 2))
+    student,teacher = head(2),head(4)
+    init_from_teacher(student, teacher)
+    assert torch.equal(student[2].weight, teacher[2].weight.unflatten(1, (4,36))[:,::2].flatten(1))
+
+def test_what_reads_no_flattened_map_is_as_before():
+    "Convolutions of several branches, of a gate, and a linear layer over places"
+    class Branches(nn.Module):
+        def __init__(self, w):
+            super().__init__()
+            self.branches,self.norm,self.gate,self.out = nn.ModuleList(nn.Conv1d(3, w, k, padding=k//2) for k in (1,3,5)),nn.BatchNorm1d(3*w),nn.Conv1d(1, 1, 3, padding=1),nn.Linear(3*w, 2)
+        def forward(self, x): return self.out(self.norm(torch.cat([b(x) for b in self.branches], 1)).mean(-1))
+    for xb in (None, torch.randn(2,3,9)):
+        student,teacher = Branches(4),moved(Branches(8))
+        assert not init_from_teacher(student, teacher, xb=xb).note.any()
+        assert torch.equal(student.norm.running_mean, teacher.norm.running_mean[::2]) and torch.equal(student.out.weight, teacher.out.weight[:,::2])
+
+class Tokens(nn.Module):
+    def __init__(self, words=9, kinds=2):
+        super().__init__()
+        self.words,self.kinds,self.out = nn.Embedding(words, 4),nn.Embedding(kinds, 4),nn.Linear(4, 2)
+
+def test_only_words_may_be_classes():
+    student,teacher = [learner(model=Tokens()) for _ in range(2)]
+    student.dls.vocab,teacher.dls.vocab = ['pos','neg'],['neg','pos']
+    init_from_teacher(student, teacher)
+    assert torch.equal(student.model.kinds.weight, teacher.model.kinds.weight) and torch.equal(student.model.out.bias, teacher.model.out.bias[[1,0]])
+
+def test_bands_and_normalizations(recwarn):
+    student,teacher = [learner(batches(shape=(c,8,8)), nn.Sequential(nn.Conv2d(c, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))) for c in (4,3)]
+    for o,c in ((student,4),(teacher,3)): o.dls.add_tfms([Normalize(torch.full((1,c,1,1), .1*c), torch.ones(1,c,1,1))], 'after_batch')
+    table = init_from_teacher(student, teacher)
+    assert table.note['0'] == '3 channels of images in the teacher, 4 here' and table.share['3'] == 1
+
+def test_layers_that_moved_and_layers_that_did_not():
+    "A dropout in one head moves what follows in it; blocks before stay the first ones"
+    def model(n, drop): return nn.Sequential(nn.Sequential(*[nn.Sequential(nn.Conv2d(1 if i == 0 else 4, 4, 3, padding=1), nn.BatchNorm2d(4)) for i in range(n)]), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), *([nn.Dropout()] if drop else []), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)))
+    student,teacher = learner(model=model(2, False)),learner(model=model(4, True))
+    init_from_teacher(student, teacher)
+    for i in range(2): assert torch.equal(student.model[0][i][0].weight, teacher.model[0][i][0].weight)
+
+def test_heads_have_a_bias():
+    "SwinV2's position networks have a row for each head of attention"
+    class Model(nn.Module):
+        def __init__(self, classes):
+            super().__init__()
+            self.attention,self.body,self.head = nn.Linear(6, 3, bias=False),nn.Linear(5, 7),nn.Linear(7, classes)
+    table = init_from_teacher(Model(3), Model(10))
+    assert table.share['attention'] == 1 and table.note['head'] == 'other classes in the teacher'
+    student,teacher = nn.Sequential(nn.ConvTranspose2d(1,4,2), nn.Conv2d(4,3,3)),nn.Sequential(nn.ConvTranspose2d(3,8,2), nn.Conv2d(8,3,3))
+    init_from_teacher(student, teacher)
+    assert torch.equal(student[0].weight, teacher[0].weight[:1,::2])
+
+def test_tables_without_known_categories():
+    from fastai.tabular.all import Normalize as NormalizeColumns, TabularDataLoaders, tabular_learner
+    import pandas as pd
+    df = pd.DataFrame(dict(k=np.resize([0,1,2], 24), x=np.random.randn(24).astype('f'), t=np.random.randn(24).astype('f')))
+    dls = TabularDataLoaders.from_df(df, procs=[NormalizeColumns], cat_names=['k'], cont_names=['x'], y_names='t', bs=8, valid_idx=list(range(8)))
+    make = lambda: learner(dls, TabularModel([(3,2)], 1, 1, [4]), loss_func=nn.MSELoss())
+    student,teacher = make(),make()
+    assert not init_from_teacher(student, teacher).note.any() and torch.equal(student.model.embeds[0].weight, teacher.model.embeds[0].weight)

@@ -246,7 +246,7 @@ class Meanings:
         self.models,self.known,self.inputs = models,known,inputs
         self.heads,self.last = [heads_of(m, k.classes) for m,k in zip(models, known)],[last_layer(m) for m in models]
         self.embeddings = [[l for l in m.modules() if isinstance(l, nn.Embedding)] for m in models]
-        self.convs = [next((l for l in transforms(m) if isinstance(l, _ConvNd) and not isinstance(l, _ConvTransposeNd) and l not in heads), None) for m,heads in zip(models, self.heads)]
+        self.readers = [next((l for l in transforms(m) if isinstance(l, _ConvNd) and l not in heads), None) for m,heads in zip(models, self.heads)]  # of images
         self.first = next(iter(transforms(models[0])), None)
         self.of_columns = [*takewhile(lambda l: l is not self.first, owners(models[0]).values()), self.first]
 
@@ -262,7 +262,7 @@ class Meanings:
         elif c.layer in self.of_columns and all(k.columns for k in self.known) and (note := self.other_columns(c, a, b)): return b,note
         elif isinstance(c.layer, nn.Embedding): b,note = self.rows('words or categories', *[self.names(i, l, len(t)) for i,(l,t) in enumerate(((c.layer,a),(c.other,b)))], a, b)
         else: note = ''
-        if not note and a.ndim > 1 and [c.layer,c.other] == self.convs: return self.image_channels(c, b)
+        if not note and a.ndim > 1 and [c.layer,c.other] == self.readers: return self.image_channels(c, b)
         return (b, note) if note or not isinstance(c.layer, (nn.Linear,nn.BatchNorm1d)) else self.map_channels(a, theirs, b)
 
     def rows(self, what, ours, theirs, a, b, axis=0):
@@ -285,7 +285,7 @@ class Meanings:
     def image_channels(self, c, b):
         "What the first convolution reads"
         ours,theirs = c.layer.in_channels,c.other.in_channels
-        if ours == theirs or min(ours, theirs) > 4 or any(self.embeddings): return b,''
+        if ours == theirs or min(ours, theirs) > 4 or any(self.embeddings) or isinstance(c.layer, _ConvTransposeNd): return b,''
         return (b.sum(1, keepdim=True), '') if ours == 1 else (b, f"{theirs} channels of images in the teacher, {ours} here")
 
     def map_channels(self, a, theirs, b):

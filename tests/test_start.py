@@ -558,6 +558,7 @@ def test_heads_have_a_bias():
     student,teacher = nn.Sequential(nn.ConvTranspose2d(1,4,2), nn.Conv2d(4,3,3)),nn.Sequential(nn.ConvTranspose2d(3,8,2), nn.Conv2d(8,3,3))
     init_from_teacher(student, teacher)
     assert torch.equal(student[0].weight, teacher[0].weight[:1,::2])
+    assert torch.equal(student[1].weight, teacher[1].weight[:,::2])
 
 def test_tables_without_known_categories():
     from fastai.tabular.all import Normalize as NormalizeColumns, TabularDataLoaders, tabular_learner

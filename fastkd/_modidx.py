@@ -1116,7 +1116,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'fastkd.start.heads_of': ('start.html#heads_of', 'fastkd/start.py'),
                               'fastkd.start.in_order': ('start.html#in_order', 'fastkd/start.py'),
                               'fastkd.start.init_from_teacher': ('start.html#init_from_teacher', 'fastkd/start.py'),
-                              'fastkd.start.inputs_for': ('start.html#inputs_for', 'fastkd/start.py'),
                               'fastkd.start.joined': ('start.html#joined', 'fastkd/start.py'),
                               'fastkd.start.last_layer': ('start.html#last_layer', 'fastkd/start.py'),
                               'fastkd.start.misfit': ('start.html#misfit', 'fastkd/start.py'),

@@ -194,7 +194,7 @@ def last_layer(model):
     return last if isinstance(last, (nn.Linear,_ConvNd)) else None
 
 def heads_of(model, classes):
-    "The layers with a row for each class: the last, and others with as many rows and a bias, whose rows no later layer reads; the last in any case if it has as many rows as there are `classes`"
+    "The layers with a row for each class: the last, and others with as many rows and a bias, unless a later layer reads as many; the last in any case if there are so many `classes`"
     last,first = last_layer(model),next(iter(transforms(model)), None)
     numbers = {len(classes or ()), 0 if last is None else writes(last)}
     def is_read(layer): return any(writes(layer) in reads(o) for o in owners(model).values() if o is not layer and o is not first)
@@ -217,15 +217,19 @@ class WatchFlattened(TorchFunctionMode):
             self.channels.update({id(t): self.map[1] for t in readers if isinstance(t, Tensor)})
         return out
 
-def read_from_maps(model, xb):
-    "For each weight that reads a flattened map, by its id, how many channels the map has"
-    if xb is not None:
+def read_from_maps(
+    model, # A model or a `Learner`
+    xb=None # A batch of inputs; a `Learner` has its own
+) -> dict:
+    "For each weight that reads a flattened map, by its id, how many channels the map has."
+    if xb is not None or isinstance(model, Learner):
         try:
-            with undisturbed(model), WatchFlattened() as watch: model(*on_device(model, xb))
+            inputs = on_device(unwrap(model), model_inputs(model, xb))
+            with undisturbed(model), WatchFlattened() as watch: unwrap(model)(*inputs)
             return watch.channels
         except Exception: pass  # the data may be other data than the model's
     channels,conv,flat = {},None,False
-    for l in model.modules():
+    for l in unwrap(model).modules():
         if isinstance(l, _ConvNd): conv,flat = l,False
         elif 'ConcatPool' in type(l).__name__: conv = None  # fastai's: all maxima, then all means
         elif type(l).__name__ == 'Flatten': flat = True
@@ -239,34 +243,37 @@ def read_from_maps(model, xb):
 class Meanings:
     "What the axes of tensors stand for, where their sizes do not decide."
     def __init__(self,
-        models, # Student and teacher
+        sources, # Student and teacher, models or Learners
         known, # What their data know, see `Knowledge`
-        inputs # A batch for each; `None` where there is none
+        xb=None # A batch of inputs
     ):
-        self.models,self.known,self.inputs = models,known,inputs
+        self.sources,self.known,self.xb = sources,known,xb
+        models = [unwrap(m) for m in sources]
         self.heads,self.last = [heads_of(m, k.classes) for m,k in zip(models, known)],[last_layer(m) for m in models]
         self.embeddings = [[l for l in m.modules() if isinstance(l, nn.Embedding)] for m in models]
-        self.readers = [next((l for l in transforms(m) if isinstance(l, _ConvNd) and l not in heads), None) for m,heads in zip(models, self.heads)]  # of images
+        def reader(model, heads): return next((l for l in transforms(model) if isinstance(l, _ConvNd) and l not in heads), None)
+        self.readers = list(map(reader, models, self.heads))  # of images
         self.first = next(iter(transforms(models[0])), None)
         self.of_columns = [*takewhile(lambda l: l is not self.first, owners(models[0]).values()), self.first]
 
     @cached_property
-    def maps(self): return [read_from_maps(m, xb) for m,xb in zip(self.models, self.inputs)]
+    def maps(self): return [read_from_maps(m, self.xb) for m in self.sources]
 
     def part(self, c:Counterpart, a, b):
         "Of the teacher's tensor `b` what has the meaning of the rows and columns of the student's `a`, and a note why nothing has"
         heads,theirs = [l in heads for l,heads in zip((c.layer,c.other), self.heads)],b
         if all(heads) or any(heads) and [c.layer,c.other] == self.last:
-            b,note = self.rows('classes', *[k.classes for k in self.known], a, b, int(isinstance(c.layer, _ConvTransposeNd) and a.ndim > 1))
+            b,note = self.rows('classes', [k.classes for k in self.known], a, b, int(isinstance(c.layer, _ConvTransposeNd) and a.ndim > 1))
         elif any(heads): return b,"a head in one model, and not in the other"
         elif c.layer in self.of_columns and all(k.columns for k in self.known) and (note := self.other_columns(c, a, b)): return b,note
-        elif isinstance(c.layer, nn.Embedding): b,note = self.rows('words or categories', *[self.names(i, l, len(t)) for i,(l,t) in enumerate(((c.layer,a),(c.other,b)))], a, b)
+        elif isinstance(c.layer, nn.Embedding):
+            b,note = self.rows('words or categories', [self.names(0, c.layer, len(a)),self.names(1, c.other, len(b))], a, b)
         else: note = ''
         if not note and a.ndim > 1 and [c.layer,c.other] == self.readers: return self.image_channels(c, b)
         return (b, note) if note or not isinstance(c.layer, (nn.Linear,nn.BatchNorm1d)) else self.map_channels(a, theirs, b)
 
-    def rows(self, what, ours, theirs, a, b, axis=0):
-        index = positions(ours, theirs, a.shape[axis], b.shape[axis])
+    def rows(self, what, names, a, b, axis=0):
+        index = positions(*names, a.shape[axis], b.shape[axis])
         return (b,f"other {what} in the teacher") if index is None else (taken(b, axis, index), '')
 
     def names(self, i, layer, n):
@@ -327,10 +334,6 @@ class InitTable(pd.DataFrame):
     def _repr_html_(self): return self._shown(self.to_html)
 
 # %% ../nbs/01d_start.ipynb #ini00027
-def inputs_for(model, xb):
-    "A batch of inputs for `model`, `None` if there is none"
-    return model_inputs(model, xb) if xb is not None or isinstance(model, Learner) else None
-
 def counterparts(student, teacher, layers, xb) -> list:
     "The counterparts of two models or Learners. Raises `ValueError` if it is not known which layers belong together"
     models = unwrap(student),unwrap(teacher)
@@ -374,7 +377,7 @@ def init_from_teacher(
     channels = {len(o[0]) for o in mean_std if o}
     if len(channels - {1}) < 2 and normalization_between(*mean_std):
         warnings.warn("The teacher's images were normalized in another way than the student's, so the same weights see other numbers: normalize the student's as the teacher's were.")
-    meanings,without = Meanings([unwrap(student), unwrap(source)], known, [inputs_for(m, xb) for m in (student,source)]),"not in `layers`" if layers else "no counterpart in the teacher"
+    meanings,without = Meanings([student,source], known, xb),"not in `layers`" if layers else "no counterpart in the teacher"
     rows = [found.get(l) or Counterpart(n, l, note=without) for n,l in owners(unwrap(student)).items()]
     for c in rows:
         if c.other is not None: copy_layer(c, meanings)

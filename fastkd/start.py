@@ -193,12 +193,17 @@ def last_layer(model):
     last = (weighted_layers(model) or [None])[-1]
     return last if isinstance(last, (nn.Linear,_ConvNd)) else None
 
-def heads_of(model, classes):
-    "The layers with a row for each class: the last, and others with as many rows and a bias, unless a later layer reads as many; the last in any case if there are so many `classes`"
-    last,first = last_layer(model),next(iter(transforms(model)), None)
-    numbers = {len(classes or ()), 0 if last is None else writes(last)}
-    def is_read(layer): return any(writes(layer) in reads(o) for o in owners(model).values() if o is not layer and o is not first)
-    return [l for l in transforms(model) if writes(l) in numbers and (l is last and writes(l) == len(classes or ()) or (l is last or l.bias is not None) and not is_read(l))]
+def heads_of(
+    model,
+    classes # Their names, `None` if they are not known
+) -> list:
+    "The layers with a row for each class: the last one, and others with as many rows, if no other layer reads them."
+    last,first,n = last_layer(model),next(iter(transforms(model)), None),len(classes or ())
+    def is_head(layer):
+        if layer is last and writes(layer) == n: return True
+        if layer is not last and (layer.bias is None or writes(layer) not in (n, 0 if last is None else writes(last))): return False
+        return not any(writes(layer) in reads(o) for o in owners(model).values() if o is not layer and o is not first)  # the first reads images
+    return list(filter(is_head, transforms(model)))
 
 # %% ../nbs/01d_start.ipynb #ini00034
 class WatchFlattened(TorchFunctionMode):
@@ -376,7 +381,8 @@ def init_from_teacher(
     mean_std = [k.normalize for k in known]
     channels = {len(o[0]) for o in mean_std if o}
     if len(channels - {1}) < 2 and normalization_between(*mean_std):
-        warnings.warn("The teacher's images were normalized in another way than the student's, so the same weights see other numbers: normalize the student's as the teacher's were.")
+        warnings.warn("The teacher's images were normalized in another way than the student's, so the same weights see other numbers: "
+                      "normalize the student's as the teacher's were.")
     meanings,without = Meanings([student,source], known, xb),"not in `layers`" if layers else "no counterpart in the teacher"
     rows = [found.get(l) or Counterpart(n, l, note=without) for n,l in owners(unwrap(student)).items()]
     for c in rows:

@@ -422,6 +422,14 @@ def test_every_head_by_class():
     student.dls.vocab,teacher.dls.vocab = list('cab'),list('abcd')
     assert not init_from_teacher(student, teacher).note.any()
     for n in ('head','other'): assert torch.equal(getattr(student.model, n).weight, getattr(teacher.model, n).weight[[2,0,1]])
+    def mlp(): return nn.Sequential(nn.Linear(5,3), nn.ReLU(), nn.Linear(3,3), nn.ReLU(), nn.Linear(3,3))  # three classes and three units
+    def two(): return nn.Sequential(nn.Conv2d(3,4,3), nn.Flatten(), TwoHeads(3))  # three classes and three channels of images
+    for make,names in ((mlp, ['4']), (two, ['2.head','2.other'])):
+        student,teacher = learner(model=make()),learner(model=make())
+        student.dls.vocab,teacher.dls.vocab = list('cab'),list('abc')
+        init_from_teacher(student, teacher)
+        for n in names: assert torch.equal(student.model.get_submodule(n).weight, teacher.model.get_submodule(n).weight[[2,0,1]])
+        assert make is two or torch.equal(student.model[2].weight, teacher.model[2].weight)
     table = init_from_teacher(TwoHeads(3), TwoHeads(6))
     assert table.note['head'] == table.note['other'] == 'other classes in the teacher' and table.share['body.0'] == 1
     fcn = lambda n: tv.segmentation.fcn_resnet50(weights=None, weights_backbone=None, aux_loss=True, num_classes=n)

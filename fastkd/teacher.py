@@ -93,9 +93,8 @@ def knowledge_of(
     classes,words = (vocab[1],vocab[0]) if text else (vocab,None)
     norm = next((f for f in getattr(getattr(dls, 'after_batch', None), 'fs', []) if isinstance(f, Normalize)), None)
     mean_std = () if norm is None or norm.mean is None else tuple(torch.as_tensor(o).flatten().tolist() for o in (norm.mean,norm.std))
-    table = getattr(dls, 'cat_names', None) is not None and getattr(dls, 'cont_names', None) is not None
-    categories = getattr(dls, 'classes', {})
-    columns = {**{n: list(categories.get(n, [])) for n in dls.cat_names}, **dict.fromkeys(dls.cont_names)} if table else None
+    names,categories = getattr(dls, 'cat_names', None),getattr(dls, 'classes', {})
+    columns = None if names is None else {**{n: list(categories.get(n, [])) for n in names}, **dict.fromkeys(dls.cont_names)}
     return Knowledge(classes, words, mean_std if dls is not None else None, columns)
 
 # %% ../nbs/02_teacher.ipynb #f595d254

@@ -45,6 +45,10 @@ def selected(
     return t
 
 # %% ../nbs/01d_start.ipynb #ini00014
+def is_pointwise(layer):
+    "Does `layer` map each place on its own? A linear layer and a 1x1 convolution are the same then"
+    return isinstance(layer, nn.Linear) or (isinstance(layer, _ConvNd) and set(layer.kernel_size) == {layer.groups} == {1})
+
 def sizes_text(t): return ' × '.join(map(str, t.shape)) or '1'
 
 def misfit(
@@ -56,7 +60,7 @@ def misfit(
 ) -> str:
     "Why no selection of `b` fits `a`; empty if one does."
     differ = [i for i in range(a.ndim) if a.ndim != b.ndim or a.shape[i] != b.shape[i]]
-    if isinstance(layer, _ConvNd) and layer.groups != other.groups and a.ndim > 1 and not a.shape[1] == b.shape[1] == 1:
+    if isinstance(layer, _ConvNd) and layer.groups != getattr(other, 'groups', 1) and a.ndim > 1 and not a.shape[1] == b.shape[1] == 1:
         return f"{other.groups} groups in the teacher, {layer.groups} here"
     if not differ and a.ndim == b.ndim: return ''
     if a.ndim == b.ndim and a.is_floating_point():
@@ -81,7 +85,13 @@ def tensors_of(layer) -> dict:
     "The parameters and buffers of `layer` itself, by name"
     return {n: t for n,t in (*layer._parameters.items(), *layer._buffers.items()) if t is not None}
 
-def structure(layer): return [(n, type(l).__name__, getattr(l, 'kernel_size', None)) for n,l in layer.named_modules() if tensors_of(l)]
+def kind(layer):
+    "PyTorch's class of `layer`, its own if it is none of PyTorch's, and its kernel"
+    if is_pointwise(layer): return 'Linear',None
+    theirs = [c for c in type(layer).__mro__ if c.__module__.startswith('torch.nn.') and c is not nn.Module]
+    return (theirs or [type(layer)])[0].__name__, getattr(layer, 'kernel_size', None)
+
+def structure(layer): return [(n, *kind(l)) for n,l in layer.named_modules() if tensors_of(l)]
 
 def same_kind(a, b):
     "Are two layers of one class, or made of the same parts?"
@@ -138,8 +148,7 @@ def by_name(student, teacher):
 # %% ../nbs/01d_start.ipynb #ini00021
 def in_order(ours, theirs):
     "Counterparts of two lists of `(name, layer)`, if the second begins with layers of the same kinds and kernels as the first"
-    kernel = lambda l: getattr(l, 'kernel_size', None)
-    if len(ours) > len(theirs) or not all(same_kind(a, b) and kernel(a) == kernel(b) for (_,a),(_,b) in zip(ours, theirs)): return []
+    if len(ours) > len(theirs) or not all(same_kind(a, b) and kind(a)[1] == kind(b)[1] for (_,a),(_,b) in zip(ours, theirs)): return []
     return [Counterpart(n, a, m, b) for (n,a),(m,b) in zip(ours, theirs)]
 
 def by_stage(student, teacher, pairs, between=True):
@@ -275,7 +284,7 @@ class Meanings:
             b,note = self.rows('words or categories', [self.names(0, c.layer, len(a)),self.names(1, c.other, len(b))], a, b)
         else: note = ''
         if not note and a.ndim > 1 and [c.layer,c.other] == self.readers: return self.image_channels(c, b)
-        return (b, note) if note or not isinstance(c.layer, (nn.Linear,nn.BatchNorm1d)) else self.map_channels(a, theirs, b)
+        return (b, note) if note or not (is_pointwise(c.layer) or isinstance(c.layer, nn.BatchNorm1d)) else self.map_channels(a, theirs, b)
 
     def rows(self, what, names, a, b, axis=0):
         index = positions(*names, a.shape[axis], b.shape[axis])
@@ -302,12 +311,12 @@ class Meanings:
 
     def map_channels(self, a, theirs, b):
         "Of `b`, rows of the tensor `theirs`, what may be read of a flattened map: whole channels, if both maps have as many places"
-        if a.shape == b.shape or a.ndim != b.ndim: return b,''
-        n,N = a.shape[-1],b.shape[-1]
+        if a.shape[:2] == b.shape[:2]: return b,''
+        n,N = a.shape[:2][-1],b.shape[:2][-1]
         k,K = [maps.get(id(t)) for maps,t in zip(self.maps, (a,theirs))]
-        if not k or not K or k == K or n % k or N % K: return b,''
-        if n//k != N//K: return b,f"{N//K} places of each channel in the teacher, {n//k} here"
-        return taken(b, b.ndim-1, spread(n, N, n//k)),''
+        ours,its = n//(k or n),N//(K or N)
+        if ours != its: return b,f"{its} places of each channel in the teacher, {ours} here"
+        return taken(b, min(1, b.ndim-1), spread(n, N, ours)),''
 
 # %% ../nbs/01d_start.ipynb #ini00025
 @torch.no_grad()
@@ -322,6 +331,7 @@ def copy_layer(
         if n not in theirs: c.note = f"no {n} in the teacher"
         else:
             b,c.note = meanings.part(c, a, theirs[n])
+            if a.ndim != b.ndim and is_pointwise(c.layer) and is_pointwise(c.other): b = b.reshape(*b.shape[:2], *a.shape[2:])
             c.note = c.note or misfit(c.layer, c.other, n, a, b)
             if not c.note: values[n] = selected(b, a.shape)
         if c.note: return

@@ -38,6 +38,7 @@ def moved(model):
 
 def by_hand(t, shape):
     "Element i of d is element floor(i*D/d) of D along each axis"
+    if t.ndim != len(shape): t = t.reshape(*t.shape[:2], *shape[2:])  # a linear layer for a 1x1 convolution
     return torch.from_numpy(np.asarray(t.detach().numpy()[np.ix_(*[[i*D//d for i in range(d)] for d,D in zip(shape, t.shape)])]))
 
 def check(student, teacher, table):
@@ -471,6 +472,37 @@ class Positions(nn.Module):
     def __init__(self, n, width):
         super().__init__()
         self.pos_embed,self.out = nn.Parameter(torch.randn(n, width)),nn.Linear(width, 3)
+
+def test_what_reads_a_pooled_map_does_not_start_from_what_reads_a_flattened_one():
+    "The teacher's linear layer has four weights for each channel, the student's one"
+    pooled,flat = plain_cnn(3, places=1),plain_cnn(6)
+    for student,teacher,theirs,ours in ((pooled,flat,4,1),(plain_cnn(3),plain_cnn(6, places=1),1,4)):
+        table = init_from_teacher(student, teacher)
+        assert table.note['4'] == f'{theirs} places of each channel in the teacher, {ours} here' and table.share['6']
+    conv = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Identity(), nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 1))
+    table = init_from_teacher(conv, plain_cnn(6))
+    assert table.note['4'] == '4 places of each channel in the teacher, 1 here' and table.share['6'] and table.share['0']
+
+def test_linear_layers_and_pointwise_convolutions_are_the_same_map():
+    linear = nn.Sequential(nn.Linear(3, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 5))
+    class Norm(nn.LayerNorm):
+        def forward(self, x): return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+    conv = nn.Sequential(nn.Conv2d(3, 8, 1), Norm(8), nn.ReLU(), nn.Conv2d(8, 5, 1))
+    x = torch.randn(2,3,4,6)
+    for student,teacher in ((conv,linear),(linear,conv)):
+        for p in student.parameters(): nn.init.normal_(p)
+        assert (init_from_teacher(student, teacher).share == 1).all()
+        assert torch.allclose(conv(x), linear(x.movedim(1, -1)).movedim(-1, 1), atol=1e-6)
+    table = init_from_teacher(nn.Sequential(nn.Conv2d(3, 8, 3), Norm(8), nn.ReLU(), nn.Conv2d(4, 5, 1, bias=False), nn.Conv2d(6, 6, 1, groups=2)), nn.Sequential(*linear, nn.Linear(6, 6)))
+    assert not table.share['0'] and not table.share['4']  # a kernel, groups
+
+@pytest.mark.parametrize('student,teacher', [('convnext_femto','convnext_tiny'), ('convnextv2_atto','convnextv2_tiny')])
+def test_convnext_starts_from_a_larger_one(student, teacher):
+    "The pair of the paper: timm's small ones have 1x1 convolutions, and another class of normalization, where the larger have linear layers"
+    student,teacher = timm_model(student),timm_model(teacher, depths=(2,2,6,2), dims=(64,128,256,512))
+    table = init_from_teacher(student, teacher)
+    assert (table.share > 0).all()
+    check(student, teacher, table)
 
 def test_places_keep_their_number():
     assert init_from_teacher(Positions(16, 8), Positions(64, 16)).note[''] == '64 × 16 in the teacher, 16 × 8 here'

@@ -109,7 +109,7 @@ def snapshot(self:PeerTeacher):
 @patch
 def run(self:PeerTeacher, *xb, layers=(), logits=True, reduce=None):
     "The peer's logits: in training those of its own step, else those of eval mode."
-    if not torch.is_grad_enabled(): return super(PeerTeacher, self).run(*xb, layers=layers, logits=logits)
+    if not torch.is_grad_enabled(): return super(PeerTeacher, self).run(*xb, layers=layers, logits=logits, reduce=reduce)
     if layers: raise ValueError("A peer teaches by its logits only: leave out the losses that compare activations.")
     self.pred = logits_of(self.peer.model.train()(*xb))
     return TeacherOutput([self.pred.detach()], {})

@@ -30,7 +30,7 @@ class KnowledgeDistillationCallback(OwnEvents):
         loss=None, # A loss class, an instance, a `partial`, a function, or a list of these; left out, the one that suits the learner's loss function
         activations_student:str|list=None, # Names of the student's layers to compare; see `get_model_layers`. Left out, `match_layers` finds pairs
         activations_teacher:str|list=None, # Names of the teacher's layers, paired with the student's in order
-        weight:float|list|str=None, # Weight of the distillation terms, or one for each, or 'paper'. Left out: 0.5 on logits, the papers' on activations
+        weight:float|list|str=None, # Weight of the distillation terms, or one for each, or 'paper' for all or for some. Left out: 0.5 on logits, the papers' on activations
         label_weight:float=None, # Weight of the learner's own loss; `None`: what the weights leave of 1, or the papers' (the smallest)
         schedule=None, # An annealer of training progress such as `SchedCos(0, 1)`, multiplied into the terms' weights
         axis:int=None, # The class axis of the logits, if the loss function and the labels do not tell

@@ -11,6 +11,7 @@ from torch import nn
 from fastcore.basics import patch
 from fastai.basics import Learner, tuplify
 from .layers import LayerRun, named_layers, rewound, trace, unwrap
+from .teacher import explained
 
 # %% auto #0
 __all__ = ['layer_table', 'match_layers']
@@ -299,7 +300,8 @@ def match_layers(
     Both models run once and stay as they were. Raises `ValueError` if a model has no layer to compare, or none of the other's kind."""
     if xb is None: xb = model_inputs(student if isinstance(student, Learner) or not isinstance(teacher, Learner) else teacher)
     a = ModelStructure(student, model_inputs(student, xb), 'student')
-    b = ModelStructure(teacher, model_inputs(teacher, xb if teacher_xb is None else teacher_xb), 'teacher')
+    teacher_xb = model_inputs(teacher, xb if teacher_xb is None else teacher_xb)
+    with explained(unwrap(teacher), teacher_xb): b = ModelStructure(teacher, teacher_xb, 'teacher')
     s,t = a.stages(),b.stages()
     if not (a.many_resolutions(s) or b.many_resolutions(t)):
         n = min(n or 4, len(s), len(t))
@@ -310,7 +312,7 @@ def match_layers(
     pairs = [(i,j) for i,j in pairs if _is_vector(s[i]) == _is_vector(t[j])]  # losses that compare places need them in both
     if not pairs:
         kinds = ['vectors' if _is_vector(r[-1]) else 'maps or sequences' for r in (s,t)]
-        raise ValueError(f"The student's layers output {kinds[0]} and the teacher's {kinds[1]}, which losses on places cannot compare. Use a loss on "
+        raise ValueError(f"The student's layers output {kinds[0]} and the teacher's {kinds[1]}, which cannot be paired. Use a loss on "
                          "logits, or name layers for a loss that compares items, such as `Similarity`.")
     if n: pairs = evenly_spaced(pairs, n)
     return [s[i].name for i,_ in pairs],[t[j].name for _,j in pairs]

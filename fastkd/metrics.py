@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from fastcore.basics import patch
 from fastai.basics import Learner, Metric, Recorder, TrainEvalCallback
+from fastai.callback.tracker import TrackerCallback
 from fastai.metrics import AccumMetric, ActivationType
 from .callback import KnowledgeDistillationCallback, not_exported, original_of
 from .losses import logit_rows, mean_logits, plain, softmax_kl
@@ -18,7 +19,7 @@ from .task import facts_of, find_task, labels_of
 from .teacher import Teacher, logits_of
 
 # %% auto #0
-__all__ = ['teacher_logits', 'TeacherMetric', 'TeacherAgreement', 'TeacherKL', 'CalibrationError', 'TeacherModel']
+__all__ = ['teacher_logits', 'TeacherMetric', 'TeacherAgreement', 'TeacherKL', 'CalibrationError', 'validated', 'TeacherModel']
 
 # %% ../nbs/04b_metrics.ipynb #15206ebc
 def teacher_logits(
@@ -138,6 +139,13 @@ def CalibrationError(
     return AccumMetric(calibration_error, dim_argmax=1, activation=ActivationType.Softmax, flatten=False)
 
 # %% ../nbs/04b_metrics.ipynb #agr00017
+def validated(
+    learn:Learner,
+    dl=None # The validation set by default
+) -> list:
+    "Loss and metrics, as `learn.validate` gives them, without the callbacks that follow epochs."
+    with learn.removed_cbs([cb for cb in learn.cbs if isinstance(cb, TrackerCallback)]): return learn.validate(dl=dl)
+
 class TeacherModel(nn.Module):
     "A teacher as the model of a `Learner`: its logits for the student's classes, or its output as it is."
     def __init__(self, teacher, loss_func, raw=False):

@@ -56,9 +56,11 @@ def column_names(
     return [n + ('_loss' if names.count(n) == 1 else f'_loss_{names[:i+1].count(n)}') for i,n in enumerate(names)]
 
 # %% ../nbs/03a_objective.ipynb #c7fb1bfb
-def _numbers(weight, n):
-    "`weight` as `n` numbers: one number is shared equally"
-    try: each = [float(w) for w in weight] if isinstance(weight, (list,tuple,L)) or getattr(weight, 'ndim', 0) else [float(weight)/n]*n
+def _weight_of_each(weight, n):
+    "`weight` as `n` numbers or 'paper': one number is shared equally"
+    def one(w): return w if isinstance(w, str) and w == 'paper' else float(w)
+    if isinstance(weight, str): return [weight]*n
+    try: each = list(map(one, weight)) if isinstance(weight, (list,tuple,L)) or getattr(weight, 'ndim', 0) else [float(weight)/n]*n
     except (TypeError,ValueError):
         raise TypeError(f"`weight` is a number, one number for each loss, or 'paper', got {weight!r}.") from None
     if len(each) != n: raise ValueError(f"There are {n} losses but {len(each)} weights.")
@@ -72,7 +74,7 @@ def _of_paper(loss):
 # %% ../nbs/03a_objective.ipynb #3270e1dc
 def loss_weights(
     losses:list, # `KDLoss`es
-    weight=None, # One number for their sum, a number for each, 'paper', or `None` for the defaults
+    weight=None, # One number for their sum, a number or 'paper' for each, 'paper' for all, or `None` for the defaults
     label_weight:float=None # The weight of the learner's own loss, if given
 ) -> tuple:
     """Weight of each loss, whether it is its paper's, and the weight of the learner's own loss (`None`: what the terms leave of 1 at each step).
@@ -80,8 +82,11 @@ def loss_weights(
     Raises `TypeError` or `ValueError` for weights that make no sense."""
     if isinstance(weight, str) and weight != 'paper':
         raise ValueError(f"`weight` is a number, a list of numbers or 'paper', got {weight!r}.")
-    papers = [isinstance(weight, str) or (weight is None and l.needs_features and l.paper is not None) for l in losses]
-    each = [0.5/max(papers.count(False), 1)]*len(losses) if weight is None or isinstance(weight, str) else _numbers(weight, len(losses))
+    if weight is None:
+        each = ['paper' if l.needs_features and l.paper is not None else None for l in losses]
+        each = [w or 0.5/each.count(None) for w in each]
+    else: each = _weight_of_each(weight, len(losses))
+    papers = [w == 'paper' for w in each]
     each = [_of_paper(l)[1] if p else w for l,p,w in zip(losses, papers, each)]
     rest = 1 - sum(w for w,p in zip(each, papers) if not p)
     if label_weight is None and any(papers):
@@ -119,7 +124,7 @@ class Objective:
     "The sum that is minimized: the learner's own loss and the distillation terms."
     def __init__(self,
         loss, # A loss, or a list of them: classes, instances or functions
-        weight=None, # One number shared by the losses, a number for each, 'paper', or `None` for the defaults
+        weight=None, # One number shared by the losses, a number or 'paper' for each, 'paper' for all, or `None` for the defaults
         label_weight:float=None, # The weight of the learner's own loss; `None` for what the terms leave of 1, or the papers' (the smallest)
         schedule=None # Multiplies the terms' weights: a function of training progress
     ):
@@ -191,8 +196,9 @@ def warn_of_weights(self:Objective):
     for t in self.terms:
         paper = t.loss.paper and t.loss.paper[1]
         if paper and 0 < t.weight < paper/10:
+            said = ['paper' if o is t else float(f'{o.weight:g}') for o in self.terms]
             warnings.warn(f"The weight of {t.loss.name} is {t.weight:g}, less than a tenth of its paper's {paper:g}: the "
-                          "student may hardly notice it. Take `weight='paper'`, or leave `weight` out.")
+                          f"student may hardly notice it. Take `weight={said if len(said) > 1 else said[0]!r}`{', or leave `weight` out' if t.loss.needs_features else ''}.")
 
 @patch
 def __repr__(self:Objective):

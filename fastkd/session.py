@@ -22,7 +22,7 @@ from .matching import match_layers
 from .objective import Objective
 from .online_teachers import average_gradients
 from .task import Task, facts_of, find_task, labels_of
-from .teacher import Teacher, described, has_several, logits_of
+from .teacher import explained, Teacher, described, has_several, logits_of
 from .unlabeled import Unlabeled
 from .views import OwnEvents, Views
 
@@ -318,8 +318,10 @@ def number_of_items(
 @patch
 def update_layouts(self:Session):
     "Find where student and teacher have their channels, for inputs of this size"
-    inputs = (self.model, self.xb),(self.teacher.model, self.teacher.inputs_of(*self.xb))
-    self.layouts = [find_layouts(m, xb) if self.all_pairs else {} for m,xb in inputs]
+    self.layouts,teacher = [{},{}],(self.teacher.model, self.teacher.inputs_of(*self.xb))
+    if self.all_pairs:
+        with explained(*teacher): theirs = find_layouts(*teacher)
+        self.layouts = [find_layouts(self.model, self.xb),theirs]
     self.layout_shapes = self.input_shapes()
 
 @patch

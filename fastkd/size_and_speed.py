@@ -17,6 +17,7 @@ from fastai.callback.progress import ProgressCallback  # `learn.no_bar()`
 from .layers import first_tensor, has_compiled, on_device, rewound, undisturbed, unwrap
 from .losses import plain
 from .matching import first_batch, model_inputs
+from .metrics import validated
 from .teacher import Teacher, own_dtype
 
 # %% auto #0
@@ -119,7 +120,7 @@ def first_metric(model) -> dict:
     if dl is None or not model.metrics: return {}
     recorder,place = vars(model.recorder).copy() if hasattr(model, 'recorder') else {},next((p.device for p in model.model.parameters()), None)
     with undisturbed(model), rewound(dl), model.no_bar():
-        try: return {model.metrics[0].name: model.validate()[1]}
+        try: return {model.metrics[0].name: validated(model)[1]}
         finally:
             if recorder: vars(model.recorder).update(recorder)
             if place is not None: model.model.to(place)  # a learner moves its model to its data

@@ -292,14 +292,14 @@ class Meanings:
 
     def names(self, i, layer, n):
         "The `n` words or categories of an embedding, if they are known; a language model's words are its classes"
-        columns = [v for v in (self.known[i].columns or {}).values() if v is not None]
+        columns = list((self.known[i].columns or ({},))[0].values())
         if len(columns) == len(self.embeddings[i]): return columns[[l is layer for l in self.embeddings[i]].index(True)]
         if layer is not max(self.embeddings[i], key=lambda l: l.num_embeddings): return None
         return next((o for o in (self.known[i].words,self.known[i].classes) if o is not None and len(o) == n), None)
 
     def other_columns(self, c, a, b):
         "Why a layer that reads the columns of a table is not taken"
-        ours,theirs = [list(k.columns) for k in self.known]
+        ours,theirs = [list(map(list, k.columns)) for k in self.known]
         if ours != theirs: return "other columns in the teacher"
         return "embeddings of other sizes in the teacher" if c.layer is self.first and a.ndim > 1 and a.shape[1] != b.shape[1] else ''
 
@@ -349,6 +349,10 @@ class InitTable(pd.DataFrame):
     def _repr_html_(self): return self._shown(self.to_html)
 
 # %% ../nbs/01d_start.ipynb #ini00027
+def statistics(known):
+    "`(mean, std)` of the channels of images, or of the numbers of a table"
+    return known.normalize if known.columns is None else tuple(zip(*[o[:2] for o in known.columns[1].values()]))
+
 def counterparts(student, teacher, layers, xb) -> list:
     "The counterparts of two models or Learners. Raises `ValueError` if it is not known which layers belong together"
     models = unwrap(student),unwrap(teacher)
@@ -388,10 +392,10 @@ def init_from_teacher(
     found = {}
     for c in counterparts(student, source, layers, xb): found.setdefault(c.layer, c)  # a shared layer by its first name
     known = knowledge_of(student.dls if isinstance(student, Learner) else None),teacher.knowledge(0)
-    mean_std = [k.normalize for k in known]
+    mean_std = [statistics(k) for k in known]
     channels = {len(o[0]) for o in mean_std if o}
     if len(channels - {1}) < 2 and normalization_between(*mean_std):
-        warnings.warn("The teacher's images were normalized in another way than the student's, so the same weights see other numbers: "
+        warnings.warn(f"The teacher's {'tables' if known[0].columns else 'images'} were normalized in another way than the student's, so the same weights see other numbers: "
                       "normalize the student's as the teacher's were.")
     meanings,without = Meanings([student,source], known, xb),"not in `layers`" if layers else "no counterpart in the teacher"
     rows = [found.get(l) or Counterpart(n, l, note=without) for n,l in owners(unwrap(student)).items()]

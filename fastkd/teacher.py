@@ -10,20 +10,23 @@ from collections.abc import Mapping
 from copy import deepcopy
 from contextlib import contextmanager, ExitStack
 from functools import partial
+from pathlib import Path
+from textwrap import shorten
 import numpy as np
 import torch
 from torch import nn, Tensor
-from fastcore.basics import patch
+from fastcore.basics import nested_attr, patch
 from fastai.basics import L, Learner, apply, find_device, noop, tuplify
 from fastai.data.transforms import Normalize
 from .cache import Cache, row_keys
 from .layers import FeatureHooks, first_tensor, resting
 from .losses import mean_logits
+from .tables import column_map, columns_of
 
 # %% auto #0
 __all__ = ['TeacherOutput', 'Knowledge', 'logits_of', 'has_several', 'makes_models', 'knowledge_of', 'class_positions',
            'architecture', 'digest', 'copy_of', 'Teacher', 'normalization_between', 'own_dtype', 'eval_when_called',
-           'at_rest', 'described']
+           'at_rest', 'explained', 'described']
 
 # %% ../nbs/02_teacher.ipynb #f0a9c7ae
 #: What a teacher says of a batch: `logits`, a tensor for each model, and `activations`, a dictionary from layer name to tensor
@@ -64,9 +67,11 @@ def _model_of(teacher):
     if makes_models(teacher):
         raise TypeError(f"The teacher {getattr(teacher, '__name__', teacher)!r} is a function that makes a model: call it.")
     if callable(teacher) and not isinstance(teacher, type): return teacher
-    got = f"the class {teacher.__name__}" if isinstance(teacher, type) else f"{type(teacher).__name__} ({teacher!r})"
+    got = f"the class {teacher.__name__}" if isinstance(teacher, type) else f"{type(teacher).__name__} ({shorten(repr(teacher), 100)})"
+    cure = (" Load it first, `load_learner(path)`." if isinstance(teacher, (str,Path)) else
+            " Give the model into which these weights are loaded, `model.load_state_dict(weights)`." if isinstance(teacher, Mapping) else "")
     raise TypeError("A teacher is a trained model (an `nn.Module`), a `Learner`, a callable from inputs to logits, or a "
-                    f"list of these, got {got}.")
+                    f"list of these, got {got}.{cure}")
 
 # %% ../nbs/02_teacher.ipynb #7e1f9ced
 def makes_models(
@@ -79,23 +84,22 @@ def makes_models(
     return not params or bool({'weights','pretrained'} & set(params))
 
 # %% ../nbs/02_teacher.ipynb #737bb627
-#: What a teacher's `Learner` knows: `classes` and `words` (lists), `normalize` (mean and std of each channel; `()` for none), `columns` of a table
-#: (`{name: categories}`, for numbers `{name: None}`, for categories that are not known `{name: []}`); `None` for what is not known
+#: What a teacher's `Learner` knows: `classes` and `words` (lists), `normalize` (mean and std of each channel; `()` for none), the
+#: `columns` of a table (see `columns_of`); `None` for what is not known
 Knowledge = namedtuple('Knowledge', 'classes words normalize columns', defaults=(None,)*4)
 
 def knowledge_of(
     dls # `DataLoaders`, or `None`
 ) -> Knowledge:
     "What `dls` say of classes, words, normalization and columns."
-    vocab = getattr(dls, 'vocab', None) if dls is not None else None
+    vocab = getattr(dls, 'vocab', None)
+    if vocab is None: vocab = nested_attr(dls, 'train.after_item.vocab')  # the codes of masks
     vocab = None if vocab is None else [list(o) if not isinstance(o, str) and hasattr(o, '__len__') else o for o in vocab]
     text = vocab is not None and len(vocab) == 2 and all(isinstance(o, list) for o in vocab)  # fastai's text: words, then classes
     classes,words = (vocab[1],vocab[0]) if text else (vocab,None)
     norm = next((f for f in getattr(getattr(dls, 'after_batch', None), 'fs', []) if isinstance(f, Normalize)), None)
     mean_std = () if norm is None or norm.mean is None else tuple(torch.as_tensor(o).flatten().tolist() for o in (norm.mean,norm.std))
-    names,categories = getattr(dls, 'cat_names', None),getattr(dls, 'classes', {})
-    columns = None if names is None else {**{n: list(categories.get(n, [])) for n in names}, **dict.fromkeys(dls.cont_names)}
-    return Knowledge(classes, words, mean_std if dls is not None else None, columns)
+    return Knowledge(classes, words, mean_std if dls is not None else None, columns_of(dls))
 
 # %% ../nbs/02_teacher.ipynb #f595d254
 def class_positions(
@@ -171,8 +175,7 @@ class Teacher:
         self.cache = self._new_cache(cache, topk)
         # while open: the models as they run, their dtypes, how they are called and put in eval mode, which modules were in train mode, the hooks for each set of layers, what must be moved back
         self.running,self.dtypes,self.calls,self.rest,self.trained,self.hooks,self.moved = None,None,None,None,[],{},[]
-        # for the student's data: positions of its classes among each model's, and how each model's inputs are normalized anew
-        self.positions,self.renormalize = [None]*len(given),[None]*len(given)
+        self.forget_data()
         self.takes_first = False  # has an output several tensors, of which the first is taken?
 
 # %% ../nbs/02_teacher.ipynb #a2ba587b
@@ -228,6 +231,8 @@ def adapt(self:Teacher,
         if self.positions[i]: notes.append(f"the teacher's classes ({len(known.classes)}) are mapped to the student's ({len(student.classes)})")
         self.renormalize[i] = normalization_between(student.normalize, known.normalize)
         if self.renormalize[i]: notes.append("the teacher's images are normalized as in its own training")
+        self.tables[i] = None if self.inputs else column_map(student.columns, known.columns)
+        if self.tables[i]: notes.append("the teacher's tables are translated to its own columns, categories and normalization")
         self._warn_of_config(self.models[i], student, known)
     return list(dict.fromkeys(notes))
 
@@ -270,6 +275,7 @@ def _mapped(self:Teacher, *xb):
 def _inputs(self:Teacher, i, *xb, mapped=False):
     "The inputs of model `i`; `mapped` if `inputs` was applied already"
     if not mapped: xb = self._mapped(*xb)
+    if self.tables[i]: xb = self.tables[i](*xb)
     return tuple(self._formatted(i, x) if isinstance(x, Tensor) else apply(partial(self._formatted, i), x) for x in xb)
 
 @patch
@@ -348,6 +354,23 @@ def at_rest(
     return partial(eval_when_called, [m for o in named if isinstance(o, nn.Module) for m in o.modules()])
 
 # %% ../nbs/02_teacher.ipynb #f43de356
+@contextmanager
+def explained(
+    model, # A teacher's model, or a callable
+    xb:tuple # What it gets
+):
+    "Within the block an error of the teacher says what is unusual in its inputs: the size of images, the dtype."
+    try: yield
+    except Exception as e:
+        x,config = next((x for x in xb if isinstance(x, Tensor)), None),getattr(model, 'pretrained_cfg', None)
+        size = config.get('input_size') if isinstance(config, Mapping) else None
+        if size and x is not None and x.ndim == 4 and tuple(x.shape[-2:]) != tuple(size[-2:]):
+            raise ValueError(f"The teacher failed on images of {x.shape[-2]} × {x.shape[-1]} pixels ({e}), and its configuration names {size[-2]} × {size[-1]}. Give it those: "
+                             f"`Teacher(model, inputs=lambda x: F.interpolate(x, size={tuple(size[-2:])}, mode='bilinear'))`.") from e
+        if not isinstance(e, RuntimeError) or 'dtype' not in str(e) or isinstance(model, nn.Module): raise
+        raise ValueError(f"The teacher failed on inputs of dtype {x.dtype if x is not None else None}: {e}. "
+                         "Give the model itself, whose dtype is known, or `Teacher(model, dtype=..., outputs=...)`.") from e
+
 @patch
 @contextmanager
 def _resting(self:Teacher, xb):
@@ -363,19 +386,12 @@ def _forward(self:Teacher, *xb, layers=(), logits=True, reduce=None, mapped=Fals
     acts,outputs = {},[]
     with self._resting(xb):
         for i,m in enumerate(self.calls):
-            if i == 0 and layers: outputs.append(self._hooks(layers, xb, mapped).run(*self._inputs(0, *xb, mapped=mapped), stop=not logits))
-            elif logits: outputs.append(self._call(m, self._inputs(i, *xb, mapped=mapped)))
+            if not (logits or (i == 0 and layers)): continue
+            inputs = self._inputs(i, *xb, mapped=mapped)
+            with explained(m, inputs): outputs.append(self._hooks(layers, xb, mapped).run(*inputs, stop=not logits) if i == 0 and layers else m(*inputs))
         zs = [self._logits(o) for o in outputs] if logits else []
     if layers: acts = {n: (reduce or {}).get(n, noop)(a.clone() if a.is_inference() else a) for n,a in self.hooks[layers].collect().items()}
     return TeacherOutput(zs, acts)
-
-@patch
-def _call(self:Teacher, model, xb):
-    try: return model(*xb)
-    except RuntimeError as e:
-        if 'dtype' not in str(e) or isinstance(model, nn.Module): raise
-        raise ValueError(f"The teacher failed on inputs of dtype {next((x.dtype for x in xb if isinstance(x, Tensor)), None)}: {e}. "
-                         "Give the model itself, whose dtype is known, or `Teacher(model, dtype=..., outputs=...)`.") from e
 
 @patch
 def _logits(self:Teacher, output):
@@ -433,7 +449,7 @@ def open(self:Teacher,
     self.dtypes,self.rest = [self.dtype or own_dtype(m) for m in self.running],[at_rest(m) for m in self.running]
     self.trained = [m for rest in self.rest for m in rest.args[0] if getattr(m, 'training', False)]
     self.calls = [torch.compile(m) for m in self.running] if self.compile else self.running
-    if self.cache is not None: self.cache.open(digest(self.models, self.dtype, self.cache.topk, *filter(None, self.renormalize)), n_items)
+    if self.cache is not None: self.cache.open(digest(self.models, self.dtype, self.cache.topk, *filter(None, [*self.renormalize, *self.tables])), n_items)
 
 @patch
 def _move(self:Teacher, model, device):
@@ -456,7 +472,12 @@ def close(self:Teacher):
         model.to(home)
         self.moved.pop()
     self.running,self.dtypes,self.calls,self.rest,self.trained,self.hooks = None,None,None,None,[],{}
-    self.positions,self.renormalize = [None]*len(self.models),[None]*len(self.models)
+    self.forget_data()
+
+@patch
+def forget_data(self:Teacher):
+    "Forget what was found out for the student's data: positions of its classes among each model's, how each model's images are normalized anew, its tables translated"
+    self.positions,self.renormalize,self.tables = [[None]*len(self.models) for _ in range(3)]
 
 @patch
 @contextmanager

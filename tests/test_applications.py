@@ -3,7 +3,7 @@ import math
 import numpy as np, pandas as pd, pytest, torch
 import torch.nn.functional as F
 from torch import nn
-from fastai.basics import BCEWithLogitsLossFlat, CrossEntropyLossFlat, DataLoaders, Learner, RegressionBlock, SGD
+from fastai.basics import Adam, BCEWithLogitsLossFlat, CrossEntropyLossFlat, DataLoaders, Learner, RegressionBlock, SGD
 from fastai.metrics import accuracy
 from fastai.vision.learner import create_unet_model, vision_learner
 from fastai.vision.all import ImageDataLoaders, PILImage, Resize, get_image_files, resnet18, resnet34, xresnet18
@@ -225,3 +225,34 @@ def test_a_teacher_with_other_inputs():
     x = next(iter(learn.dls.train))[0]
     assert torch.equal(Teacher(teacher, inputs=inputs)(x), teacher.eval()(inputs(x)))
     trains(learn, kd)
+
+# --- masks ---------------------------------------------------------------------------------------------------------
+
+def test_codes_of_masks_are_classes():
+    "The teacher's masks number the classes in another order: its logits and its head are taken by name"
+    from fastai.vision.all import DataBlock, ImageBlock, IndexSplitter, ItemGetter, MaskBlock
+    g = np.random.default_rng(0)
+    bright = [g.random((16,16)) > .5 for _ in range(24)]
+    images = [(np.stack([b]*3, -1)*200 + g.integers(0, 50, (16,16,3))).astype('uint8') for b in bright]
+    def loaders(codes):
+        masks = [np.where(b, codes.index('light'), codes.index('dark')).astype('uint8') for b in bright]
+        block = DataBlock((ImageBlock, MaskBlock(codes)), get_x=ItemGetter(0), get_y=ItemGetter(1), splitter=IndexSplitter(range(16, 24)))
+        return block.dataloaders(list(zip(images, masks)), bs=8, num_workers=0, device='cpu')
+    def pixels(pred, y): return (pred.argmax(1) == y).float().mean()
+    def make(dls, width, classes=3, seed=0):
+        torch.manual_seed(seed)
+        return learner(dls, nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, classes, 1)), loss_func=CrossEntropyLossFlat(axis=1), metrics=pixels, opt_func=Adam, lr=1e-2)
+    teacher = make(loaders(['dark','light','void']), 8)
+    teacher.fit(12)
+    right = teacher.validate()[1]
+    assert right > .9
+    student = make(loaders(['void','light','dark']), 4, seed=1)
+    kd = KnowledgeDistillationCallback(teacher)
+    student.fit(1, cbs=kd)
+    assert kd.teacher_metrics()['pixels'] == pytest.approx(right) and "classes (3) are mapped" in repr(kd)
+    twin = make(loaders(['void','light','dark']), 8, seed=2)
+    init_from_teacher(twin, teacher)
+    assert twin.validate()[1] == pytest.approx(right)
+    init_from_teacher(fewer := make(loaders(['light','dark']), 8, 2, seed=2), teacher)
+    assert torch.equal(fewer.model[2].weight, teacher.model[2].weight[[1,0]])
+    with pytest.raises(ValueError, match="does not know the class 'grey'"): make(loaders(['grey','light','dark']), 4).fit(1, cbs=KnowledgeDistillationCallback(teacher))

@@ -1,5 +1,5 @@
 "Comparisons of learners of one's own: what they train, what they refuse, and who shares their work"
-import io, json, os, random, signal, subprocess, sys, time, warnings
+import copy, io, json, os, random, signal, subprocess, sys, time, warnings
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib import import_module
@@ -10,10 +10,12 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from fastai.basics import AvgMetric, Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, MSELossFlat, accuracy, mse, set_seed
 from fastai.callback.mixup import MixUp
+from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 import fastkd
 from fastkd.cli import main
 from fastkd.experiments import Results, compare
 from fastkd.metrics import TeacherAgreement
+from fastkd.online_teachers import PeerTeacher
 from fastkd.teacher import Teacher
 
 C = import_module('fastkd.experiments.compare')
@@ -354,6 +356,30 @@ def test_what_is_finished_is_kept_when_a_run_fails(teacher, tmp_path):
     with pytest.raises(KeyboardInterrupt): compare(make, teacher, ['none','soft'], 2, 2, 0.02, out=tmp_path, show=False)
     kept = len(Results(tmp_path/'results.jsonl').read())
     assert 0 < kept < 4 and len(compare(make, teacher, ['none','soft'], 2, 2, 0.02, out=tmp_path, show=False)) == 4
+
+@pytest.mark.parametrize('cb', [partial(SaveModelCallback, monitor='accuracy'), partial(EarlyStoppingCallback, patience=0), partial(ReduceLROnPlateau, patience=0)])
+def test_callbacks_that_follow_epochs(cb, teacher, tmp_path):
+    "They train as in a fit by hand, whether the learner has them or `fit` gets them"
+    def make(*cbs):
+        learn = make_student()
+        learn.add_cbs(cbs)
+        return learn
+    def fit(learn, epochs, lr, cbs): learn.fit(epochs, lr, cbs=[*cbs, cb()])
+    runs = [compare(f, teacher, ['none','soft'], 1, 4, 0.05, out=tmp_path/str(i), show=False, **k).runs for i,(f,k) in enumerate([(lambda: make(cb()), dict(fit=Learner.fit)), (make, dict(fit=fit))])]
+    learn = C.new_learner(make, 0)
+    with learn.no_bar(), learn.no_logging(): learn.fit(4, 0.05, cbs=cb())
+    epochs = len(learn.recorder.values)
+    assert [r.value for r in runs[0]] == [r.value for r in runs[1]] and runs[0][0].value == pytest.approx(float(learn.validate()[1]))
+    assert len(runs[0][0].log['accuracy']) == epochs
+
+def test_a_peer_begins_each_run_as_it_was_given(tmp_path):
+    "so the order of the runs does not count, and the user's own learner is not changed"
+    set_seed(3)
+    peer = make_student()
+    before = copy.deepcopy(peer.model.state_dict())
+    def run(name, seeds): return {r.seed: r.value for r in compare(make_student, PeerTeacher(peer), ['none','soft'], seeds, 2, 0.02, out=tmp_path/name, show=False) if r.method == 'soft'}
+    assert run('a', [0,1]) == run('b', [1,0]) and run('c', [1])[1] == run('a', [0,1])[1]
+    assert all(torch.equal(before[k], v) for k,v in peer.model.state_dict().items())
 
 # where the student starts, and what it is shown
 

@@ -162,7 +162,8 @@ def test_certain_probabilities_are_finite():
 @pytest.mark.parametrize('make,match', [
     (lambda: [Teacher(Net()), Net()], 'list of teachers holds models.*is a Teacher'), (lambda: [EMATeacher(.9), Net()], 'is a EMATeacher'),
     (lambda: [PeerTeacher(learner(data(x, y), student(), loss_func=F.cross_entropy))], 'is a PeerTeacher'), (lambda: Teacher(Teacher(Net())), 'is a Teacher'),
-    (lambda: [[Net()], Net()], 'a list of these, got list'), (lambda: Net, 'the class Net'), (lambda: 'teacher.pkl', "got str \\('teacher.pkl'\\)"), (lambda: None, 'got NoneType'), (lambda: [], 'empty')])
+    (lambda: [[Net()], Net()], 'a list of these, got list'), (lambda: Net, 'the class Net'), (lambda: 'teacher.pkl', "got str \\('teacher.pkl'\\). Load it first, `load_learner"),
+    (lambda: Net().state_dict(), "^.{0,300}`model.load_state_dict\\(weights\\)`.$"), (lambda: None, 'got NoneType'), (lambda: [], 'empty')])
 def test_what_cannot_teach_is_refused_at_once(make, match):
     with pytest.raises(TypeError, match=match): KD(make(), SoftTarget)
 
@@ -172,6 +173,16 @@ def test_functions_that_make_models():
     for f in (torchvision.models.resnet34, timm.create_model, xresnet.xresnet18, timm.models.resnet18):
         with pytest.raises(TypeError, match=f'{f.__name__}.*makes a model: call it'): KD(f, SoftTarget)
     with pytest.raises(TypeError, match='makes a model, so call it'): kd_loss(data(x, y), student(), F.cross_entropy, lambda _: Net(), SoftTarget)
+
+def test_images_of_another_size_than_the_configuration_names():
+    timm = pytest.importorskip('timm')
+    teacher,images = timm.create_model('vit_tiny_patch16_224', num_classes=4, depth=1),torch.randn(16,3,32,32)
+    def small(): return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12,4))
+    for kd in (KD(teacher, SoftTarget), KD(teacher, Similarity, ['0'], ['blocks']), KD(teacher, FitNet)):
+        learn = learner(data(images, y), small(), loss_func=F.cross_entropy)
+        with pytest.raises(ValueError, match=r"32 × 32 pixels .*names 224 × 224. Give it those: `Teacher\(model, inputs="): learn.fit(1, cbs=kd)
+    resize = Teacher(teacher, inputs=lambda x: F.interpolate(x, size=(224,224), mode='bilinear'))
+    assert np.isfinite(kd_loss(data(images, y), small(), F.cross_entropy, resize, SoftTarget))
 
 # early exits, hidden states
 

@@ -136,6 +136,24 @@ def test_paper_weights():
     assert each(SoftTarget(standardize=True), weight="paper") == [9]
     assert each([SoftTarget,Attention], weight='paper', label_weight=1) == [.9,1000]
 
+def test_paper_weights_for_some():
+    def each(*args, **kwargs):
+        o = KnowledgeDistillationCallback(net(), *args, **kwargs).objective
+        return o.at(0.).label, [t.weight for t in o.terms]
+    assert each([SoftTarget,ChannelWise], weight=[.5,'paper']) == (.5, [.5,3.]) and each([ChannelWise,SoftTarget], weight=('paper',.3)) == (.7, [3.,.3])
+    assert each([SoftTarget,Attention], weight=['paper','paper']) == (.1, [.9,1000.]) and each([SoftTarget,FitNet], weight=[.5,'paper'], label_weight=2) == (2, [.5,100.])
+    assert each([SoftTarget,FitNet], weight=[.5,'paper']) == each([SoftTarget,FitNet])
+    with pytest.raises(TypeError, match='one number for each loss'): each([SoftTarget,FitNet], weight=[.5,'papers'])
+    with pytest.raises(ValueError, match='2 losses but 1 weights'): each([SoftTarget,FitNet], weight=['paper'])
+    with pytest.raises(ValueError, match='no weights from a paper'): each([SoftTarget,lambda pred: 0.], weight=[.5,'paper'])
+
+@pytest.mark.parametrize('loss,weight,says', [
+    ([SoftTarget,ChannelWise], None, "Take `weight=[0.25, 'paper']`."), (ChannelWise, .1, "Take `weight='paper'`."),
+    (FitNet, .5, "Take `weight='paper'`, or leave `weight` out."), ([FitNet,SoftTarget], [.5,.5], "Take `weight=['paper', 0.5]`, or leave `weight` out.")])
+def test_a_weight_that_hardly_teaches_says_what_to_give(loss, weight, says):
+    with pytest.warns(UserWarning) as record: KnowledgeDistillationCallback(net(), loss, weight=weight).objective.warn_of_weights()
+    assert str(record[0].message).endswith(says)
+
 def test_default_weights():
     "0.5 for losses on logits, shared by several; the papers' for losses on activations, whose scale is the paper's business"
     def weights_of(loss, **kwargs):

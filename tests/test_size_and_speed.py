@@ -5,6 +5,7 @@ import pandas as pd, pytest, torch
 from torch import nn
 from torchvision.models import resnet18
 from fastai.basics import DataLoaders
+from fastai.callback.tracker import SaveModelCallback
 from fastai.metrics import accuracy
 from fastai.text.models.awdlstm import AWD_LSTM
 from fastkd.all import *
@@ -88,6 +89,13 @@ def test_a_learner_brings_its_batch_and_its_metric(metrics):
         assert list(table.loc['accuracy'][:2]) == [o.validate()[1] for o in (student, teacher)]
         assert pd.isna(table.ratio['accuracy'])
     assert 'accuracy' not in measured(student, teacher, metric=False).index
+
+def test_a_learner_that_keeps_its_best_model():
+    student = learner(metrics=accuracy, cbs=SaveModelCallback(monitor='accuracy'))
+    student.fit(1)
+    cbs = list(student.cbs)
+    assert measured(student, learner(metrics=accuracy)).student['accuracy'] == student.recorder.values[-1][-1]
+    assert set(student.cbs) == set(cbs)
 
 def test_one_learner_is_enough():
     table = measured(net(), learner(metrics=accuracy, model=net(width=8)))

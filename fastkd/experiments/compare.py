@@ -7,19 +7,19 @@ from __future__ import annotations
 import copy, numbers, re, shutil, sys, time, warnings
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 import torch
 from fastcore.basics import IN_NOTEBOOK, patch
-from fastai.basics import Callback, DataLoaders, Learner, apply, default_device, no_random
+from fastai.basics import Callback, DataLoaders, Learner, apply, default_device, no_random, noop
 from fastai.callback import schedule as _schedule  # `fit_one_cycle`
 from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import SchedNo
 from ..cache import Cache
 from ..callback import KnowledgeDistillationCallback
-from .. import metrics as _metrics  # `teacher_metrics`
+from ..metrics import validated  # also patches in `teacher_metrics`
 from ..layers import rewound
 from ..methods import as_methods, checked_count, contents, method as as_method
 from ..session import number_of_items
@@ -275,7 +275,7 @@ def teacher_value(self:Experiment) -> float|None:
         except Exception: return None
         value = values.get({'valid_loss': 'loss'}.get(self.scale.metric, self.scale.metric))
         if value is None: return None  # a metric that compares with the teacher
-        untrained = dict(zip(['valid_loss', *learn.metrics.attrgot('name')], learn.validate(dl=self.measured_on(learn))))[self.scale.metric]
+        untrained = dict(zip(['valid_loss', *learn.metrics.attrgot('name')], validated(learn, self.measured_on(learn))))[self.scale.metric]
     self.refuse_no_teacher(value, untrained)
     return float(value)
 
@@ -439,9 +439,18 @@ def run(self:Experiment,
     "Train one student."
     learn = self.student_for(method, seed)
     cbs = self.callbacks_of_run(method, seed)
-    try: run = train(learn, self.fit_for(method), self.measured_on(learn), cbs, tick, self.statistics)
-    except (ValueError,FloatingPointError) as e: raise ValueError(f"{method.name}: {one_line(e)}") from e
+    with self.teacher_put_back():
+        try: run = train(learn, self.fit_for(method), self.measured_on(learn), cbs, tick, self.statistics)
+        except (ValueError,FloatingPointError) as e: raise ValueError(f"{method.name}: {one_line(e)}") from e
     return self.record(method, seed, run)
+
+@patch
+@contextmanager
+def teacher_put_back(self:Experiment):
+    "A teacher that learns in a run (`PeerTeacher`) begins the next one where it began this one"
+    back = self.teacher.snapshot() if isinstance(self.teacher, Teacher) else noop
+    try: yield
+    finally: back()
 
 # %% ../../nbs/06d_compare.ipynb #cmp00021
 def _device_name(device):
@@ -473,7 +482,7 @@ def try_method(self:Experiment, method):
     try:
         for i in range(11 if method.objective else 0): method.objective.at(i/10, self.epochs_of(method))
         learn = self.student_for(method, 0)
-        try_batch(learn, self.fit_for(method), [self.callback_for(replace(method, schedule=SchedNo(1, 1)), self.tried_with), *self.callbacks_for(method)])
+        with self.teacher_put_back(): try_batch(learn, self.fit_for(method), [self.callback_for(replace(method, schedule=SchedNo(1, 1)), self.tried_with), *self.callbacks_for(method)])
     except Exception as e: raise ValueError(f"{method.name}: {_sentence(e, method)}") from e
 
 @patch
@@ -700,7 +709,7 @@ def by_hand(self:Experiment,
     "The record of a student that was trained by hand, kept with the others."
     with learn.no_bar(), learn.no_logging():
         names,rows = [n for n in getattr(learn.recorder, 'metric_names', []) if n not in ('epoch','time')],list(getattr(learn.recorder, 'values', []))
-        values = learn.validate(dl=self.measured_on(learn))
+        values = validated(learn, self.measured_on(learn))
     log = {n: [float(row[i]) for row in rows] for i,n in enumerate(names) if all(len(row) == len(names) for row in rows)}
     run = dict(values=dict(zip(['valid_loss', *learn.metrics.attrgot('name')], map(float, values))), log=log, seconds=[], parameters=sum(p.numel() for p in learn.model.parameters()))
     method = replace(as_method('none'), name=name, epochs=len(rows) or None)

@@ -14,6 +14,7 @@ from fastai.callback import progress as _progress, schedule as _schedule  # `no_
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
 from fastai.optimizer import Adam
+from ..metrics import validated
 from ..session import autocast_left
 from ..views import seed_loader
 from .recipes import Fit, Recipe
@@ -101,7 +102,7 @@ def train(
     clock,watch = Clock(tick),Statistics() if statistics else None
     with learn.no_bar(), learn.no_logging(), autocast_left(learn.cbs):
         fit(learn, [cb for cb in (clock,watch,*cbs) if cb])
-        values = learn.validate(dl=dl)
+        values = validated(learn, dl)
     names = dict.fromkeys(k for row in clock.rows for k in row)
     return dict(values=dict(reversed([*zip(['valid_loss', *learn.metrics.attrgot('name')], map(json_number, values))])),
         parameters=sum(p.numel() for p in learn.model.parameters()), log={k: [row.get(k) for row in clock.rows] for k in names},
@@ -114,6 +115,8 @@ class FirstBatch(Callback):
     def after_batch(self):
         self.called = True
         raise CancelTrainException if self.training else CancelValidException
+    def after_cancel_train(self): self.recorder.cancel_train = False  # the epoch's row is whole, for what looks into it (`SaveModelCallback`)
+    def after_cancel_validate(self): self.recorder.cancel_valid = False
     def after_epoch(self): raise CancelFitException
 
 def try_batch(

@@ -118,10 +118,11 @@ def test_an_ensemble_and_a_cache():
         with t.on(dls=dls):
             for _ in range(2):
                 for z,teacher in zip(t.run(*batch[:2]).logits, teachers): assert torch.allclose(z, plain(teacher, new), atol=1e-4)
-    cache = Cache()
+    cache,answers = Cache(),[]
     for data in (dls,loaders(df, conts=('age','pay','kids'))):  # the same numbers are other rows in other columns
-        t,batch = Teacher(teachers[0], cache=cache),data.test_dl(new.copy(), bs=30).one_batch()
-        with t.on(dls=data): assert torch.allclose(t.run(*batch[:2]).logits[0], plain(teachers[0], new), atol=1e-4)
+        for t in (Teacher(teachers[0]),Teacher(teachers[0], cache=cache)):
+            with t.on(dls=data): answers.append(t.run(*batch[:2]).logits[0])
+    assert torch.allclose(answers[0], answers[1]) and torch.allclose(answers[2], answers[3]) and not torch.allclose(answers[0], answers[2])
 
 def test_numbers_only_and_regression():
     df = rows(200)

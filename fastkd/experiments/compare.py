@@ -39,7 +39,7 @@ __all__ = ['compare', 'run_recipe', 'Experiment', 'RecipeExperiment', 'one_line'
 # %% ../../nbs/06d_compare.ipynb #cmp00029
 def compare(
     make_student:callable, # A function without arguments that makes a new student, a `Learner`
-    teacher, # Trained: a `Learner`, a model, a function, or a `Teacher`
+    teacher, # Trained: a `Learner`, a model, a function, or a `Teacher`; one that learns too (`PeerTeacher`) begins each run as it was given
     methods:list=('none','soft'), # Methods as text, such as 'soft(T=4)+fitnet', `Method`s, and `{name: loss}` for objects; 'none' is the student alone
     seeds:int|list=3, # Number of seeds (0, 1, 2 …), or a list of them
     epochs:int=10, # Of each student's training

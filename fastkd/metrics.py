@@ -161,7 +161,7 @@ class TeacherModel(nn.Module):
 @patch
 def teacher_metrics(self:KnowledgeDistillationCallback,
     learn:Learner=None, # The student's learner; by default that of the present or last fit
-    dl=None # A `DataLoader` with labels; the validation set by default
+    dl=None # A `DataLoader` with labels, as the student's data are made; the validation set by default
 ) -> dict:
     "Is the teacher any good? The learner's loss and metrics for the teacher itself, on the validation set or on `dl`."
     learn = learn or self.learn or (self.result and self.result.learn())

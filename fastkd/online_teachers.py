@@ -89,6 +89,11 @@ class PeerTeacher(Teacher):
 
 # %% ../nbs/02c_online_teachers.ipynb #8c998c35
 @patch
+def adapt(self:PeerTeacher, dls, classes=True):
+    "Nothing is mapped: a peer learns from the student's own batches and labels"
+    return []
+
+@patch
 def begin(self:PeerTeacher, learn):
     if hasattr(learn, 'gradient_accumulation'):
         raise ValueError("A peer makes its own step on each batch, so it cannot train with `GradientAccumulation`: leave it "

@@ -47,7 +47,7 @@ def selected(
 # %% ../nbs/01d_start.ipynb #ini00014
 def is_pointwise(layer):
     "Does `layer` map each place on its own? A linear layer and a 1x1 convolution are the same then"
-    return isinstance(layer, nn.Linear) or (isinstance(layer, _ConvNd) and set(layer.kernel_size) == {layer.groups} == {1})
+    return isinstance(layer, nn.Linear) or (isinstance(layer, _ConvNd) and not isinstance(layer, _ConvTransposeNd) and set(layer.kernel_size) == {layer.groups} == {1})
 
 def sizes_text(t): return ' × '.join(map(str, t.shape)) or '1'
 
@@ -311,9 +311,10 @@ class Meanings:
 
     def map_channels(self, a, theirs, b):
         "Of `b`, rows of the tensor `theirs`, what may be read of a flattened map: whole channels, if both maps have as many places"
-        if a.shape[:2] == b.shape[:2]: return b,''
+        if not a.ndim: return b,''
         n,N = a.shape[:2][-1],b.shape[:2][-1]
         k,K = [maps.get(id(t)) for maps,t in zip(self.maps, (a,theirs))]
+        if a.shape[:2] == b.shape[:2] and not (k and K): return b,''
         ours,its = n//(k or n),N//(K or N)
         if ours != its: return b,f"{its} places of each channel in the teacher, {ours} here"
         return taken(b, min(1, b.ndim-1), spread(n, N, ours)),''

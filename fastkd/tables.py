@@ -4,7 +4,9 @@
 
 # %% ../nbs/02a_tables.ipynb #tab00005
 from __future__ import annotations
+import warnings
 from dataclasses import dataclass
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,15 +33,17 @@ class ColumnMap:
     cats:list # For each of the teacher's columns of categories: which one it is among the student's, and the teacher's code for each code (`None`: the same)
     numbers:list # For each of its numbers: which one it is among the student's, a factor, a summand, and where it is missing: column, code, and the teacher's value
 
-    def __call__(self, cats:Tensor, *numbers) -> tuple:
+    def __call__(self, cats:Tensor, numbers:Tensor=None, *rest) -> tuple:
+        if cats.is_floating_point(): return self(cats.new_zeros(len(cats), 0, dtype=torch.long), cats, *rest)[1:]  # a batch of numbers alone
         def codes(i, new):
             if i is None: return cats.new_full((len(cats),), *new)
             return cats[:,i] if new is None else torch.tensor(new, device=cats.device)[cats[:,i]]
         def number(i, factor, summand, missing):
-            x = numbers[0][:,i]*factor + summand
+            x = numbers[:,i]*factor + summand
             return x if missing is None else torch.where(cats[:,missing[0]] == missing[1], missing[2], x)
         def table(columns, like): return torch.stack(columns, 1) if columns else like[:,:0]
-        return table([codes(*c) for c in self.cats], cats),*[table([number(*c) for c in self.numbers], x) for x in numbers]
+        new = table([codes(*c) for c in self.cats], cats)
+        return (new,) if numbers is None else (new, table([number(*c) for c in self.numbers], numbers), *rest)
 
 # %% ../nbs/02a_tables.ipynb #tab00015
 def place(name, names, kind):
@@ -48,11 +52,15 @@ def place(name, names, kind):
     raise ValueError(f"The teacher reads the column {name!r} as {kind}, and the student's table has {', '.join(map(repr, names)) or 'none'}: "
                      "build the student's data with it, or map the inputs, `Teacher(model, inputs=fn)`.")
 
-def codes_between(ours, theirs):
+def codes_between(name, ours, theirs):
     "The teacher's code for each of the student's; `None` if they are the same"
     if ours == theirs or not ours or not theirs: return None
-    where = {c: i for i,c in reversed(list(enumerate(theirs)))}
-    return [where.get(c, 0) for c in ours]
+    key = lambda c: float(np.float32(c)) if isinstance(c, (float,np.floating)) else c  # fastai may have read it as float32
+    where = {key(c): i for i,c in reversed(list(enumerate(theirs)))}
+    codes = [where.get(key(c), 0) for c in ours]
+    if not any(codes[1:]):
+        warnings.warn(f"The teacher knows none of the categories of {name!r}: the student's are {ours[1:6]}, the teacher's {theirs[1:6]}. Are they of one type?")
+    return codes
 
 # %% ../nbs/02a_tables.ipynb #tab00016
 def column_map(
@@ -64,7 +72,9 @@ def column_map(
     (cats,numbers),(their_cats,their_numbers) = student,teacher
     def category(name, known):
         flag = name.endswith('_na') and name.removesuffix('_na') in numbers and name not in cats
-        return (None, [known.index(False) if False in known else 0]) if flag else (place(name, cats, 'categories'), codes_between(cats.get(name), known))
+        if flag and numbers[name.removesuffix('_na')][2] is not None:
+            warnings.warn(f"The teacher's table says in {name!r} which numbers are missing, the student's fills them in without a word: use `FillMissing(add_col=True)` for both.")
+        return (None, [known.index(False) if False in known else 0]) if flag else (place(name, cats, 'categories'), codes_between(name, cats.get(name), known))
     def number(name, mean, std, fill):
         i,flag = place(name, numbers, 'numbers'),f'{name}_na'
         m,s,ours = numbers[name]

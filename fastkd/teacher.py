@@ -15,18 +15,19 @@ from textwrap import shorten
 import numpy as np
 import torch
 from torch import nn, Tensor
-from fastcore.basics import nested_attr, patch
+from fastcore.basics import patch
 from fastai.basics import L, Learner, apply, find_device, noop, tuplify
 from fastai.data.transforms import Normalize
+from fastai.vision.core import AddMaskCodes, PILMask, TensorMask
 from .cache import Cache, row_keys
 from .layers import FeatureHooks, first_tensor, resting
 from .losses import mean_logits
 from .tables import column_map, columns_of
 
 # %% auto #0
-__all__ = ['TeacherOutput', 'Knowledge', 'logits_of', 'has_several', 'makes_models', 'knowledge_of', 'class_positions',
-           'architecture', 'digest', 'copy_of', 'Teacher', 'normalization_between', 'own_dtype', 'eval_when_called',
-           'at_rest', 'explained', 'described']
+__all__ = ['TeacherOutput', 'Knowledge', 'logits_of', 'has_several', 'makes_models', 'mask_codes', 'knowledge_of',
+           'class_positions', 'architecture', 'digest', 'copy_of', 'Teacher', 'normalization_between', 'own_dtype',
+           'eval_when_called', 'at_rest', 'runs', 'explained', 'described']
 
 # %% ../nbs/02_teacher.ipynb #f0a9c7ae
 #: What a teacher says of a batch: `logits`, a tensor for each model, and `activations`, a dictionary from layer name to tensor
@@ -88,18 +89,29 @@ def makes_models(
 #: `columns` of a table (see `columns_of`); `None` for what is not known
 Knowledge = namedtuple('Knowledge', 'classes words normalize columns', defaults=(None,)*4)
 
+def mask_codes(
+    dl # A loader, or `None`
+) -> list|None:
+    "The names of the classes of masks, if masks are the labels."
+    codes = next((f.codes for f in getattr(getattr(dl, 'after_item', None), 'fs', []) if isinstance(f, AddMaskCodes)), None)
+    data = getattr(dl, 'dataset', None)
+    kinds = [t for tl in getattr(data, 'tls', [])[getattr(data, 'n_inp', 1):] for t in tl.types]
+    return codes if any(isinstance(t, type) and issubclass(t, (PILMask,TensorMask)) for t in kinds) else None
+
 def knowledge_of(
     dls # `DataLoaders`, or `None`
 ) -> Knowledge:
     "What `dls` say of classes, words, normalization and columns."
+    dl = getattr(dls, 'train', dls)
+    dl = getattr(dl, '__dict__', {}).get('dl', dl)  # in a distributed one
     vocab = getattr(dls, 'vocab', None)
-    if vocab is None: vocab = nested_attr(dls, 'train.after_item.vocab')  # the codes of masks
+    if vocab is None: vocab = mask_codes(dl)
     vocab = None if vocab is None else [list(o) if not isinstance(o, str) and hasattr(o, '__len__') else o for o in vocab]
     text = vocab is not None and len(vocab) == 2 and all(isinstance(o, list) for o in vocab)  # fastai's text: words, then classes
     classes,words = (vocab[1],vocab[0]) if text else (vocab,None)
-    norm = next((f for f in getattr(getattr(dls, 'after_batch', None), 'fs', []) if isinstance(f, Normalize)), None)
+    norm = next((f for f in getattr(getattr(dl, 'after_batch', None), 'fs', []) if isinstance(f, Normalize)), None)
     mean_std = () if norm is None or norm.mean is None else tuple(torch.as_tensor(o).flatten().tolist() for o in (norm.mean,norm.std))
-    return Knowledge(classes, words, mean_std if dls is not None else None, columns_of(dls))
+    return Knowledge(classes, words, mean_std if dls is not None else None, columns_of(dl))
 
 # %% ../nbs/02_teacher.ipynb #f595d254
 def class_positions(
@@ -354,6 +366,11 @@ def at_rest(
     return partial(eval_when_called, [m for o in named if isinstance(o, nn.Module) for m in o.modules()])
 
 # %% ../nbs/02_teacher.ipynb #f43de356
+def runs(model, *xb) -> bool:
+    try: model(*xb)
+    except Exception: return False
+    return True
+
 @contextmanager
 def explained(
     model, # A teacher's model, or a callable
@@ -361,10 +378,10 @@ def explained(
 ):
     "Within the block an error of the teacher says what is unusual in its inputs: the size of images, the dtype."
     try: yield
-    except Exception as e:
+    except (AssertionError,RuntimeError,ValueError) as e:
         x,config = next((x for x in xb if isinstance(x, Tensor)), None),getattr(model, 'pretrained_cfg', None)
         size = config.get('input_size') if isinstance(config, Mapping) else None
-        if size and x is not None and x.ndim == 4 and tuple(x.shape[-2:]) != tuple(size[-2:]):
+        if size and x is not None and x.ndim == 4 and x.shape[1] == size[0] and x.shape[-2:] != size[-2:] and runs(model, x.new_zeros(1, *size)):
             raise ValueError(f"The teacher failed on images of {x.shape[-2]} × {x.shape[-1]} pixels ({e}), and its configuration names {size[-2]} × {size[-1]}. Give it those: "
                              f"`Teacher(model, inputs=lambda x: F.interpolate(x, size={tuple(size[-2:])}, mode='bilinear'))`.") from e
         if not isinstance(e, RuntimeError) or 'dtype' not in str(e) or isinstance(model, nn.Module): raise
@@ -423,10 +440,11 @@ def logits_for(self:Teacher,
     zs = [(z if type(z) is Tensor else z.as_subclass(Tensor)).to(pred.device, dtype) for z in output.logits]
     if self.probs: zs = [z.logit(eps=1e-7) if kind == 'binary' else z.clamp(min=torch.finfo(z.dtype).tiny).log() for z in zs]
     for i,(z,p) in enumerate(zip(zs, self.positions)):
-        if self.vocab is None or p is None: continue
+        if p is None: continue
         classes,columns = len(self.knowledge(i).classes),z.shape[-1 if axis is None else axis]
         if classes != columns:
-            raise ValueError(f"`vocab` names {classes} classes, but the teacher outputs {columns} logits: name each in the order of the logits.")
+            said = "`vocab` names" if self.vocab is not None else "The teacher's data name"
+            raise ValueError(f"{said} {classes} classes, but the teacher outputs {columns} logits: name each in the order of the logits.")
     return [z if p is None else z.index_select(-1 if axis is None else axis, torch.tensor(p, device=z.device)) for z,p in zip(zs, self.positions)]
 
 # %% ../nbs/02_teacher.ipynb #08ba640b

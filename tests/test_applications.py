@@ -6,10 +6,11 @@ from torch import nn
 from fastai.basics import Adam, BCEWithLogitsLossFlat, CrossEntropyLossFlat, DataLoaders, Learner, RegressionBlock, SGD
 from fastai.metrics import accuracy
 from fastai.vision.learner import create_unet_model, vision_learner
-from fastai.vision.all import ImageDataLoaders, PILImage, Resize, get_image_files, resnet18, resnet34, xresnet18
+from fastai.vision.all import DataBlock, ImageBlock, ImageDataLoaders, IndexSplitter, ItemGetter, MaskBlock, PILImage, PILMask, Resize, get_image_files, resnet18, resnet34, xresnet18
 from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLoaders, tabular_learner
 from fastai.text.all import AWD_LSTM, BaseTokenizer, TextDataLoaders, Tokenizer, awd_lstm_clas_config, awd_lstm_lm_config, language_model_learner, text_classifier_learner
 from fastkd.all import *
+from fastkd.teacher import knowledge_of
 from conftest import batches, hooks, learner, net, same, weights
 
 def quiet(learn):
@@ -228,9 +229,37 @@ def test_a_teacher_with_other_inputs():
 
 # --- masks ---------------------------------------------------------------------------------------------------------
 
+def mask_loaders(codes, *more, n_inp=1, size=8, **kwargs):
+    m = np.random.default_rng(0).integers(0, 2, (32,size,size)).astype('uint8')
+    getters = [lambda i: PILImage.create(np.stack([m[i]*100]*3, -1)), lambda i: PILMask.create(m[i]), lambda i: [1.,2.]]
+    return DataBlock((ImageBlock, MaskBlock(codes), *more), getters=getters[:2+len(more)], n_inp=n_inp, splitter=IndexSplitter(range(8)), **kwargs).dataloaders(list(range(32)), bs=8, num_workers=0, device='cpu')
+
+def test_codes_that_are_no_classes_of_the_output():
+    "One logit for two codes; masks that are inputs"
+    def make(codes): return learner(mask_loaders(codes), nn.Conv2d(3, 1, 1), loss_func=BCEWithLogitsLossFlat(axis=1))
+    make(['bg','car']).fit(1, cbs=KnowledgeDistillationCallback(make(['bg','car'])))
+    with pytest.raises(ValueError, match="The teacher's data name 2 classes, but the teacher outputs 1 logits"): make(['car','bg']).fit(1, cbs=KnowledgeDistillationCallback(make(['bg','car'])))
+    knows = lambda *args, **kwargs: knowledge_of(mask_loaders(*args, **kwargs)).classes
+    assert knows(['a','b'], RegressionBlock(n_out=2), n_inp=2) is None and knows(['a','b']) == ['a','b']
+
+def test_what_distributed_loaders_know():
+    from fastai.distributed import DistributedDL
+    dls = mask_loaders(['bg','car'], batch_tfms=Normalize.from_stats([.5]*3, [.25]*3, cuda=False))
+    there = DataLoaders(*[DistributedDL(dl, rank=0, world_size=1) for dl in dls.loaders])
+    assert knowledge_of(there) == knowledge_of(dls) and knowledge_of(dls).normalize and knowledge_of(dls).classes == ['bg','car']
+
+def test_a_peer_knows_no_other_classes():
+    def make(codes):
+        torch.manual_seed(0)
+        return learner(mask_loaders(codes), nn.Conv2d(3, 2, 1), loss_func=CrossEntropyLossFlat(axis=1), opt_func=Adam, lr=1e-1)
+    peer,student = make(['bg','car']),make(['car','bg'])
+    kd = KnowledgeDistillationCallback(PeerTeacher(peer), Mutual())
+    student.metrics = TeacherAgreement(kd.teacher)
+    student.fit(4, cbs=kd)
+    assert 'mapped' not in repr(kd) and student.validate()[1] > .9
+
 def test_codes_of_masks_are_classes():
     "The teacher's masks number the classes in another order: its logits and its head are taken by name"
-    from fastai.vision.all import DataBlock, ImageBlock, IndexSplitter, ItemGetter, MaskBlock
     g = np.random.default_rng(0)
     bright = [g.random((16,16)) > .5 for _ in range(24)]
     images = [(np.stack([b]*3, -1)*200 + g.integers(0, 50, (16,16,3))).astype('uint8') for b in bright]

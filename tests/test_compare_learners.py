@@ -370,7 +370,14 @@ def test_callbacks_that_follow_epochs(cb, teacher, tmp_path):
     with learn.no_bar(), learn.no_logging(): learn.fit(4, 0.05, cbs=cb())
     epochs = len(learn.recorder.values)
     assert [r.value for r in runs[0]] == [r.value for r in runs[1]] and runs[0][0].value == pytest.approx(float(learn.validate()[1]))
-    assert len(runs[0][0].log['accuracy']) == epochs
+    assert all(len(r.log['accuracy']) == len(r.seconds) for o in runs for r in o) and len(runs[0][0].log['accuracy']) == epochs
+
+def test_runs_keep_their_best_models_apart(teacher, tmp_path):
+    "beside each other they would load each other's"
+    def make(): return Learner(dls, net(), CrossEntropyLossFlat(), metrics=accuracy, cbs=SaveModelCallback(monitor='valid_loss'), path=tmp_path)
+    runs = compare(make, teacher, ['none','soft'], 2, 2, 0.02, out=tmp_path/'runs', show=False)
+    assert len(list((tmp_path/'runs'/'models').rglob('model.pth'))) == len(runs) == 4 and not (tmp_path/'models').exists()
+    for r in runs: assert r.more['values']['valid_loss'] == pytest.approx(min(r.log['valid_loss']), rel=1e-5)
 
 def test_a_peer_begins_each_run_as_it_was_given(tmp_path):
     "so the order of the runs does not count, and the user's own learner is not changed"

@@ -4,7 +4,7 @@ import numpy as np, pytest, torch
 import torch.nn.functional as F
 from torch import nn
 from functools import partial
-from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders
+from fastai.basics import Callback, CancelBatchException, CrossEntropyLossFlat, DataLoader, DataLoaders
 from fastkd.all import *
 from conftest import hooks, learner, same, weights
 from test_kinds_axes import KD, by_hand, data, draw, kd_loss
@@ -183,6 +183,17 @@ def test_images_of_another_size_than_the_configuration_names():
         with pytest.raises(ValueError, match=r"32 × 32 pixels .*names 224 × 224. Give it those: `Teacher\(model, inputs="): learn.fit(1, cbs=kd)
     resize = Teacher(teacher, inputs=lambda x: F.interpolate(x, size=(224,224), mode='bilinear'))
     assert np.isfinite(kd_loss(data(images, y), small(), F.cross_entropy, resize, SoftTarget))
+
+def test_other_errors_of_a_model_with_a_configuration_stay_what_they_are():
+    timm = pytest.importorskip('timm')
+    model = timm.create_model('resnet18', num_classes=4)  # takes any size
+    with pytest.raises(RuntimeError, match='3 channels'): Teacher(model).run(torch.randn(2,1,64,64))
+    class Full(nn.Module):
+        pretrained_cfg = dict(input_size=(3,224,224))
+        def __init__(self, error): super().__init__(); self.error = error
+        def forward(self, x): raise self.error
+    for error in (torch.OutOfMemoryError('full'), CancelBatchException(), KeyError('x')):
+        with pytest.raises(type(error)): Teacher(Full(error)).run(torch.randn(2,3,64,64))
 
 # early exits, hidden states
 

@@ -480,6 +480,9 @@ def test_what_reads_a_pooled_map_does_not_start_from_what_reads_a_flattened_one(
         table = init_from_teacher(student, teacher)
         assert table.note['4'] == f'{theirs} places of each channel in the teacher, {ours} here' and table.share['6']
     conv = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Identity(), nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 1))
+    twelve = lambda width, places: nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d((places,1)), nn.Flatten(), nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 4))
+    table = init_from_teacher(twelve(3, 4), twelve(12, 1), xb=images)
+    assert table.note['4'] == '1 places of each channel in the teacher, 4 here' and table.share['6']
     table = init_from_teacher(conv, plain_cnn(6))
     assert table.note['4'] == '4 places of each channel in the teacher, 1 here' and table.share['6'] and table.share['0']
 
@@ -495,6 +498,9 @@ def test_linear_layers_and_pointwise_convolutions_are_the_same_map():
         assert torch.allclose(conv(x), linear(x.movedim(1, -1)).movedim(-1, 1), atol=1e-6)
     table = init_from_teacher(nn.Sequential(nn.Conv2d(3, 8, 3), Norm(8), nn.ReLU(), nn.Conv2d(4, 5, 1, bias=False), nn.Conv2d(6, 6, 1, groups=2)), nn.Sequential(*linear, nn.Linear(6, 6)))
     assert not table.share['0'] and not table.share['4']  # a kernel, groups
+    deep = lambda layer: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), layer(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    turned = init_from_teacher(deep(nn.ConvTranspose2d), deep(nn.Conv2d))
+    assert turned.share['0'] and not turned.share['2']  # it has its weights the other way round
 
 @pytest.mark.parametrize('student,teacher', [('convnext_femto','convnext_tiny'), ('convnextv2_atto','convnextv2_tiny')])
 def test_convnext_starts_from_a_larger_one(student, teacher):

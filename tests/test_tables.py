@@ -1,7 +1,7 @@
 "Tables: a teacher that was trained on other columns, categories and statistics sees each row as its own loaders would show it"
 import warnings
 import numpy as np, pandas as pd, pytest, torch
-from fastai.tabular.all import (CategoryBlock, Categorify, FillMissing, Normalize, RegressionBlock, TabularDataLoaders, accuracy, load_learner, mae, set_seed,
+from fastai.tabular.all import (CategoryBlock, Categorify, FillMissing, Normalize, RegressionBlock, TabularDataLoaders, TabularPandas, Learner, accuracy, load_learner, mae, set_seed,
                                 tabular_learner)
 from fastkd.all import *
 from fastkd.tables import column_map, columns_of
@@ -85,6 +85,46 @@ def test_a_teacher_from_a_file(tmp_path):
     dls = loaders(df.query("city != 'Aa'").reset_index(drop=True), conts=('pay','age','kids'))
     new = df.query("city != 'Aa'").head(20).reset_index(drop=True)
     assert torch.allclose(seen(teacher, dls, new), plain(teacher, new), atol=1e-4)
+
+@pytest.mark.parametrize('change', ['float32', 'strings', 'no flag'])
+def test_categories_and_gaps_that_are_written_in_another_way(change):
+    "fastai reads numbers as float32 unless told; '1' is not 1, and a table that fills gaps in silence cannot say where they were"
+    df = rows(missing=('age',) if change == 'no flag' else ())
+    df['job'] = df.job*0.1
+    def make(df, procs=procs, **kwargs):
+        to = TabularPandas(df.copy(), list(procs), ['city','job','pet'], ['age','pay','kids'], 'y', y_block=CategoryBlock(), splits=(list(range(20, len(df))),list(range(20))), **kwargs)
+        return to.dataloaders(bs=16)
+    teacher = trained(make(df, reduce_memory=False), 1)
+    if change == 'float32':
+        t,dls = Teacher(teacher),make(df)
+        with t.on(dls=dls): assert torch.allclose(t.run(*dls.valid.one_batch()[:2]).logits[0], plain(teacher, df.head(16)), atol=1e-4)
+    else:
+        dls = make(df.assign(job=df.job.astype(str))) if change == 'strings' else make(df, [Categorify,FillMissing(add_col=False),Normalize])
+        with pytest.warns(UserWarning, match="none of the categories of 'job'" if change == 'strings' else "'age_na' which numbers are missing"): seen(teacher, dls, df)
+
+def test_batches_of_other_kinds():
+    "Numbers alone, and inputs that are no part of the table"
+    theirs,ours = columns_of(loaders(rows())),columns_of(loaders(older, conts=('pay','age','kids')))
+    translate = column_map(ours, theirs)
+    cats,numbers,text = torch.ones(4, 3).long(),torch.randn(4, 3),torch.randn(4, 5)
+    new = translate(cats, numbers, text)
+    assert len(new) == 3 and new[2] is text and not torch.equal(new[1], numbers)
+    assert len(translate(cats)) == 1
+    (alone,) = column_map(({}, ours[1]), ({}, theirs[1]))(numbers)
+    assert torch.equal(alone, new[1])
+
+def test_a_peer_gets_the_students_batches_as_they_are():
+    peer,student = learner(loaders(rows(400), conts=('kids','age','pay'))),learner(loaders(rows(400)))
+    kd = KnowledgeDistillationCallback(PeerTeacher(peer), Mutual())
+    student.fit(6, 2e-2, cbs=kd)
+    assert 'translated' not in repr(kd) and kd.teacher_metrics()['accuracy'] == pytest.approx(Learner(student.dls, peer.model, student.loss_func, metrics=accuracy).validate()[1])
+
+def test_a_comparison_leaves_a_teacher_as_it_was(tmp_path):
+    teacher = trained(loaders(rows(), conts=('kids','age','pay')), 1)
+    t,xb = Teacher(teacher),teacher.dls.valid.one_batch()[:2]
+    before = t(*xb)
+    compare(lambda: learner(loaders(rows())), t, ['soft'], 1, 1, out=tmp_path, show=False)
+    assert torch.equal(t(*xb), before)
 
 def test_equal_data_are_not_touched():
     a,b = loaders(rows()),loaders(rows())

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 import torch
 from fastcore.basics import IN_NOTEBOOK, patch
 from fastai.basics import Callback, DataLoaders, Learner, apply, default_device, no_random, noop
@@ -404,6 +405,7 @@ def callback_for(self:Experiment, method, seed:int=None):
 def with_views(self:Experiment, teacher, seed):
     "`teacher` with a cache for the views of a run, in the folder if its weights say whose it is; that of a `Teacher` which has one stays"
     teacher = copy.copy(teacher) if isinstance(teacher, Teacher) else Teacher(teacher)
+    teacher.forget_data()  # in lists of its own
     if not self.views or seed is None or teacher.cache is not None or any(hasattr(m, 'reset') for m in teacher.models): return teacher
     known = all(isinstance(m, torch.nn.Module) for m in teacher.models)
     teacher.cache = Cache(self.folder/'teacher' if known else None, views=self.views, seed=seed)
@@ -438,6 +440,7 @@ def run(self:Experiment,
 ) -> Run:
     "Train one student."
     learn = self.student_for(method, seed)
+    learn.model_dir = (self.folder/'models'/fingerprint([self.comparison, method.name, seed])).absolute()  # for `SaveModelCallback`, beside other processes
     cbs = self.callbacks_of_run(method, seed)
     with self.teacher_put_back():
         try: run = train(learn, self.fit_for(method), self.measured_on(learn), cbs, tick, self.statistics)
@@ -482,7 +485,7 @@ def try_method(self:Experiment, method):
     try:
         for i in range(11 if method.objective else 0): method.objective.at(i/10, self.epochs_of(method))
         learn = self.student_for(method, 0)
-        with self.teacher_put_back(): try_batch(learn, self.fit_for(method), [self.callback_for(replace(method, schedule=SchedNo(1, 1)), self.tried_with), *self.callbacks_for(method)])
+        with TemporaryDirectory() as learn.model_dir, self.teacher_put_back(): try_batch(learn, self.fit_for(method), [self.callback_for(replace(method, schedule=SchedNo(1, 1)), self.tried_with), *self.callbacks_for(method)])
     except Exception as e: raise ValueError(f"{method.name}: {_sentence(e, method)}") from e
 
 @patch

@@ -27,7 +27,7 @@ __all__ = ['Clock', 'json_number', 'Statistics', 'Bfloat16', 'new_learner', 'tra
 # %% ../../nbs/06c_training.ipynb #trn00007
 class Clock(Callback):
     "Keeps the rows of the epoch table and the time of each epoch's training, in seconds."
-    order,run_valid = 100,False
+    order,run_valid = 55,False  # after the recorder, and before what ends a fit early
     def __init__(self,
         tick:callable=noop # `tick(row)` is called after each epoch with its row, a dictionary
     ):

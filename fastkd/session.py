@@ -22,7 +22,7 @@ from .matching import match_layers
 from .objective import Objective
 from .online_teachers import average_gradients
 from .task import Task, facts_of, find_task, labels_of
-from .teacher import explained, Teacher, described, has_several, logits_of
+from .teacher import Teacher, described, explained, has_several, logits_of
 from .unlabeled import Unlabeled
 from .views import OwnEvents, Views
 

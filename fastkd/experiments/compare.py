@@ -485,7 +485,8 @@ def try_method(self:Experiment, method):
     try:
         for i in range(11 if method.objective else 0): method.objective.at(i/10, self.epochs_of(method))
         learn = self.student_for(method, 0)
-        with TemporaryDirectory() as learn.model_dir, self.teacher_put_back(): try_batch(learn, self.fit_for(method), [self.callback_for(replace(method, schedule=SchedNo(1, 1)), self.tried_with), *self.callbacks_for(method)])
+        cbs = [self.callback_for(replace(method, schedule=SchedNo(1, 1)), self.tried_with), *self.callbacks_for(method)]
+        with TemporaryDirectory() as learn.model_dir, self.teacher_put_back(): try_batch(learn, self.fit_for(method), cbs)
     except Exception as e: raise ValueError(f"{method.name}: {_sentence(e, method)}") from e
 
 @patch

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
-from fastai.basics import L, Learner, apply, find_device, noop, tuplify
+from fastai.basics import DataLoaders, L, Learner, apply, find_device, noop, tuplify
 from fastai.data.transforms import Normalize
 from fastai.vision.core import AddMaskCodes, PILMask, TensorMask
 from .cache import Cache, row_keys
@@ -99,10 +99,10 @@ def mask_codes(
     return codes if any(isinstance(t, type) and issubclass(t, (PILMask,TensorMask)) for t in kinds) else None
 
 def knowledge_of(
-    dls # `DataLoaders`, or `None`
+    dls # `DataLoaders`, a loader, or `None`
 ) -> Knowledge:
     "What `dls` say of classes, words, normalization and columns."
-    dl = getattr(dls, 'train', dls)
+    dl = dls.train if isinstance(dls, DataLoaders) else dls
     dl = getattr(dl, '__dict__', {}).get('dl', dl)  # in a distributed one
     vocab = getattr(dls, 'vocab', None)
     if vocab is None: vocab = mask_codes(dl)

@@ -1,4 +1,4 @@
-# make demo: a teacher and its students on handwritten digits, in a minute.  make test: the whole test suite.
+# make demo: a teacher and its students on handwritten digits, in two minutes.  make test: the whole test suite.
 # Both need Python 3.10 or newer, and make their own environment in .venv.
 PYTHON ?= python3
 bin := .venv/bin

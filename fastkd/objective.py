@@ -198,7 +198,8 @@ def warn_of_weights(self:Objective):
         if paper and 0 < t.weight < paper/10:
             said = ['paper' if o is t else float(f'{o.weight:g}') for o in self.terms]
             warnings.warn(f"The weight of {t.loss.name} is {t.weight:g}, less than a tenth of its paper's {paper:g}: the "
-                          f"student may hardly notice it. Take `weight={said if len(said) > 1 else said[0]!r}`{', or leave `weight` out' if t.loss.needs_features else ''}.")
+                          f"student may hardly notice it. Take `weight={said if len(said) > 1 else said[0]!r}`"
+                          f"{', or leave `weight` out' if t.loss.needs_features else ''}.")
 
 @patch
 def __repr__(self:Objective):

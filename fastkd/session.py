@@ -295,7 +295,8 @@ def describe(self:Session) -> str:
     notes = [f"layers {'' if same else f'of {t.loss.name} '}{text}" for t,text in [*shown.items()][:1 if same else None]]
     task = self.task
     if task is not None and task.kind == 'classes' and not task.per_item:
-        notes.append(f'classes on axis {task.axis}' + (f', label {task.ignore_index} ignored' if task.ignore_index is not None and any('ignore_index' in t.needs for t in self.objective.active) else ''))
+        ignored = task.ignore_index is not None and any('ignore_index' in t.needs for t in self.objective.active)
+        notes.append(f'classes on axis {task.axis}' + (f', label {task.ignore_index} ignored' if ignored else ''))
     notes += self.notes
     return f"{text}\n  {'; '.join(notes)}" if notes else text
 
@@ -554,8 +555,9 @@ def warn_of_new_inputs(self:Session):
     cache = self.teacher.cache
     if not cache.new_rows or self.warned: return
     self.warned = True
-    warnings.warn(f"This epoch should show what the teacher saw {self.views.n} epochs ago, but {cache.new_rows/cache.asked_rows:.0%} of its inputs were new: something draws from "
-                  "a random stream of its own (a transform with its own generator, a loader that seeds itself, data that stream). Seed it, or leave out views and cache.")
+    warnings.warn(f"This epoch should show what the teacher saw {self.views.n} epochs ago, but {cache.new_rows/cache.asked_rows:.0%} of its inputs were new: "
+                  "something draws from a random stream of its own (a transform with its own generator, a loader that seeds itself, data that stream). "
+                  "Seed it, or leave out views and cache.")
 
 # %% ../nbs/03b_session.ipynb #ee782f13
 class Result:

@@ -47,7 +47,8 @@ def selected(
 # %% ../nbs/01d_start.ipynb #ini00014
 def is_pointwise(layer):
     "Does `layer` map each place on its own? A linear layer and a 1x1 convolution are the same then"
-    return isinstance(layer, nn.Linear) or (isinstance(layer, _ConvNd) and not isinstance(layer, _ConvTransposeNd) and set(layer.kernel_size) == {layer.groups} == {1})
+    if not isinstance(layer, _ConvNd): return isinstance(layer, nn.Linear)
+    return not isinstance(layer, _ConvTransposeNd) and set(layer.kernel_size) == {layer.groups} == {1}
 
 def sizes_text(t): return ' × '.join(map(str, t.shape)) or '1'
 
@@ -396,8 +397,8 @@ def init_from_teacher(
     mean_std = [statistics(k) for k in known]
     channels = {len(o[0]) for o in mean_std if o}
     if len(channels - {1}) < 2 and normalization_between(*mean_std):
-        warnings.warn(f"The teacher's {'tables' if known[0].columns else 'images'} were normalized in another way than the student's, so the same weights see other numbers: "
-                      "normalize the student's as the teacher's were.")
+        warnings.warn(f"The teacher's {'tables' if known[0].columns else 'images'} were normalized in another way than the student's, "
+                      "so the same weights see other numbers: normalize the student's as the teacher's were.")
     meanings,without = Meanings([student,source], known, xb),"not in `layers`" if layers else "no counterpart in the teacher"
     rows = [found.get(l) or Counterpart(n, l, note=without) for n,l in owners(unwrap(student)).items()]
     for c in rows:

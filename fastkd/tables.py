@@ -5,7 +5,7 @@
 # %% ../nbs/02a_tables.ipynb #tab00005
 from __future__ import annotations
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,7 +17,9 @@ __all__ = ['columns_of', 'ColumnMap', 'column_map']
 def columns_of(
     dls # `DataLoaders`, or `None`
 ) -> tuple|None:
-    "The columns of categories `{name: categories}` (empty if they are not known) and of numbers `{name: (mean, std, what replaces missing ones)}`; `None` for what is no table."
+    """The columns of categories `{name: categories}`, and of numbers `{name: (mean, std, what replaces missing ones)}`; `None` for what is no table.
+
+    Categories that are not known are an empty list."""
     if getattr(dls, 'cat_names', None) is None: return None
     procs = getattr(getattr(dls, 'procs', None), 'fs', [])
     normalize,fill = [next((f for f in procs if hasattr(f, k)), None) for k in ('means','na_dict')]
@@ -31,13 +33,16 @@ def columns_of(
 class ColumnMap:
     "Translates batches of a table, made for the student, for a teacher that was trained on other data."
     cats:list # For each of the teacher's columns of categories: which one it is among the student's, and the teacher's code for each code (`None`: the same)
-    numbers:list # For each of its numbers: which one it is among the student's, a factor, a summand, and where it is missing: column, code, and the teacher's value
+    numbers:list # For each of its numbers: which one it is among the student's, factor, summand, and where it is missing: column, code, the teacher's value
+    tensors:dict = field(default_factory=dict, repr=False, compare=False) # The codes, where batches are
 
     def __call__(self, cats:Tensor, numbers:Tensor=None, *rest) -> tuple:
         if cats.is_floating_point(): return self(cats.new_zeros(len(cats), 0, dtype=torch.long), cats, *rest)[1:]  # a batch of numbers alone
         def codes(i, new):
             if i is None: return cats.new_full((len(cats),), *new)
-            return cats[:,i] if new is None else torch.tensor(new, device=cats.device)[cats[:,i]]
+            if new is None: return cats[:,i]
+            if (i,cats.device) not in self.tensors: self.tensors[i,cats.device] = torch.tensor(new, device=cats.device)
+            return self.tensors[i,cats.device][cats[:,i]]
         def number(i, factor, summand, missing):
             x = numbers[:,i]*factor + summand
             return x if missing is None else torch.where(cats[:,missing[0]] == missing[1], missing[2], x)
@@ -59,7 +64,8 @@ def codes_between(name, ours, theirs):
     where = {key(c): i for i,c in reversed(list(enumerate(theirs)))}
     codes = [where.get(key(c), 0) for c in ours]
     if not any(codes[1:]):
-        warnings.warn(f"The teacher knows none of the categories of {name!r}: the student's are {ours[1:6]}, the teacher's {theirs[1:6]}. Are they of one type?")
+        warnings.warn(f"The teacher knows none of the categories of {name!r}: the student's are {ours[1:6]}, "
+                      f"the teacher's {theirs[1:6]}. Are they of one type?")
     return codes
 
 # %% ../nbs/02a_tables.ipynb #tab00016
@@ -73,12 +79,14 @@ def column_map(
     def category(name, known):
         flag = name.endswith('_na') and name.removesuffix('_na') in numbers and name not in cats
         if flag and numbers[name.removesuffix('_na')][2] is not None:
-            warnings.warn(f"The teacher's table says in {name!r} which numbers are missing, the student's fills them in without a word: use `FillMissing(add_col=True)` for both.")
+            warnings.warn(f"The teacher's table says in {name!r} which numbers are missing, the student's fills them in without a word: "
+                          "use `FillMissing(add_col=True)` for both.")
         return (None, [known.index(False) if False in known else 0]) if flag else (place(name, cats, 'categories'), codes_between(name, cats.get(name), known))
     def number(name, mean, std, fill):
         i,flag = place(name, numbers, 'numbers'),f'{name}_na'
         m,s,ours = numbers[name]
-        missing = None if fill is None or fill == ours or True not in cats.get(flag, []) else (place(flag, cats, 'categories'), cats[flag].index(True), (fill-mean)/std)
+        filled = fill is not None and fill != ours and True in cats.get(flag, [])
+        missing = (place(flag, cats, 'categories'), cats[flag].index(True), (fill-mean)/std) if filled else None
         close = abs(s/std-1) < 1e-5 and abs(m-mean) < 1e-5*std
         return (i, 1., 0., missing) if close else (i, s/std, (m-mean)/std, missing)
     found = ColumnMap([category(*o) for o in their_cats.items()], [number(n, *o) for n,o in their_numbers.items()])

@@ -124,8 +124,8 @@ def class_positions(
     where = {key(c): i for i,c in reversed(list(enumerate(teacher)))}
     unknown = [c for c in student if key(c) not in where]
     if unknown:
-        raise ValueError(f"The teacher does not know {'the class' if len(unknown) == 1 else 'the classes'} {', '.join(map(repr, unknown[:5]))}; its classes are {teacher[:10]}. "
-            "Use a teacher that was trained on them, or a loss on activations such as `Attention`.")
+        raise ValueError(f"The teacher does not know {'the class' if len(unknown) == 1 else 'the classes'} {', '.join(map(repr, unknown[:5]))}; "
+            f"its classes are {teacher[:10]}. Use a teacher that was trained on them, or a loss on activations such as `Attention`.")
     return [where[key(c)] for c in student]
 
 # %% ../nbs/02_teacher.ipynb #b129ad85
@@ -185,7 +185,8 @@ class Teacher:
         self.dtype,self.channels_last,self.compile,self.inputs,self.outputs = dtype,channels_last,compile,inputs,outputs
         self.vocab,self.normalize,self.probs = vocab,normalize,probs
         self.cache = self._new_cache(cache, topk)
-        # while open: the models as they run, their dtypes, how they are called and put in eval mode, which modules were in train mode, the hooks for each set of layers, what must be moved back
+        # while open: the models as they run, their dtypes, how they are called and put in eval mode, which modules were in train mode,
+        # the hooks for each set of layers, what must be moved back
         self.running,self.dtypes,self.calls,self.rest,self.trained,self.hooks,self.moved = None,None,None,None,[],{},[]
         self.forget_data()
         self.takes_first = False  # has an output several tensors, of which the first is taken?
@@ -382,8 +383,8 @@ def explained(
         x,config = next((x for x in xb if isinstance(x, Tensor)), None),getattr(model, 'pretrained_cfg', None)
         size = config.get('input_size') if isinstance(config, Mapping) else None
         if size and x is not None and x.ndim == 4 and x.shape[1] == size[0] and x.shape[-2:] != size[-2:] and runs(model, x.new_zeros(1, *size)):
-            raise ValueError(f"The teacher failed on images of {x.shape[-2]} × {x.shape[-1]} pixels ({e}), and its configuration names {size[-2]} × {size[-1]}. Give it those: "
-                             f"`Teacher(model, inputs=lambda x: F.interpolate(x, size={tuple(size[-2:])}, mode='bilinear'))`.") from e
+            raise ValueError(f"The teacher failed on images of {x.shape[-2]} × {x.shape[-1]} pixels ({e}), and its configuration names {size[-2]} × {size[-1]}. "
+                             f"Give it those: `Teacher(model, inputs=lambda x: F.interpolate(x, size={tuple(size[-2:])}, mode='bilinear'))`.") from e
         if not isinstance(e, RuntimeError) or 'dtype' not in str(e) or isinstance(model, nn.Module): raise
         raise ValueError(f"The teacher failed on inputs of dtype {x.dtype if x is not None else None}: {e}. "
                          "Give the model itself, whose dtype is known, or `Teacher(model, dtype=..., outputs=...)`.") from e
@@ -494,7 +495,7 @@ def close(self:Teacher):
 
 @patch
 def forget_data(self:Teacher):
-    "Forget what was found out for the student's data: positions of its classes among each model's, how each model's images are normalized anew, its tables translated"
+    "Forget what was found out for the student's data: for each model positions of the classes, how images are normalized anew, how tables are translated"
     self.positions,self.renormalize,self.tables = [[None]*len(self.models) for _ in range(3)]
 
 @patch

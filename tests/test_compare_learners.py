@@ -357,7 +357,7 @@ def test_what_is_finished_is_kept_when_a_run_fails(teacher, tmp_path):
     kept = len(Results(tmp_path/'results.jsonl').read())
     assert 0 < kept < 4 and len(compare(make, teacher, ['none','soft'], 2, 2, 0.02, out=tmp_path, show=False)) == 4
 
-@pytest.mark.parametrize('cb', [partial(SaveModelCallback, monitor='accuracy'), partial(EarlyStoppingCallback, patience=0), partial(ReduceLROnPlateau, patience=0)])
+@pytest.mark.parametrize('cb', [partial(SaveModelCallback, monitor='accuracy'), partial(EarlyStoppingCallback, min_delta=100, patience=0), partial(ReduceLROnPlateau, patience=0)])
 def test_callbacks_that_follow_epochs(cb, teacher, tmp_path):
     "They train as in a fit by hand, whether the learner has them or `fit` gets them"
     def make(*cbs):

@@ -511,7 +511,8 @@ def check_make_student(
     if not isinstance(a, Learner): raise ValueError(f"`make_student` must return a new `Learner`, such as {example}; it returned {type(a).__name__}.")
     if {id(p) for p in a.model.parameters()} & {id(p) for p in b.model.parameters()} or a is b:
         raise ValueError("`make_student` returned the same model twice; let it make a new one in each call, because each run trains its own.")
-    if len(getattr(a.dls, 'loaders', [])) < 2 or not len(a.dls.valid): raise ValueError("The student's learner has no validation set, by which its epochs are measured.")
+    if len(getattr(a.dls, 'loaders', [])) < 2 or not len(a.dls.valid):
+        raise ValueError("The student's learner has no validation set, by which its epochs are measured.")
 
 def check_teacher(
     teacher # What was given as the teacher
@@ -715,7 +716,8 @@ def by_hand(self:Experiment,
         names,rows = [n for n in getattr(learn.recorder, 'metric_names', []) if n not in ('epoch','time')],list(getattr(learn.recorder, 'values', []))
         values = validated(learn, self.measured_on(learn))
     log = {n: [float(row[i]) for row in rows] for i,n in enumerate(names) if all(len(row) == len(names) for row in rows)}
-    run = dict(values=dict(zip(['valid_loss', *learn.metrics.attrgot('name')], map(float, values))), log=log, seconds=[], parameters=sum(p.numel() for p in learn.model.parameters()))
+    run = dict(values=dict(zip(['valid_loss', *learn.metrics.attrgot('name')], map(float, values))), log=log, seconds=[],
+        parameters=sum(p.numel() for p in learn.model.parameters()))
     method = replace(as_method('none'), name=name, epochs=len(rows) or None)
     self.results.append(run := self.record(method, seed, run))
     return run
